@@ -1,0 +1,151 @@
+"""The abilities file: which keys it has, their defaults, and how mistakes in it are told."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+__all__ = ["AbilitiesFile", "Ability", "Evaluation", "load_abilities"]
+
+# Names of the profiles that are made without data.
+RESERVED_NAMES = ("weight", "random")
+
+
+class Evaluation(BaseModel):
+    """Which held-out rows measure an ability, and how answers are read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    split: str | None = None
+    offset: int | None = Field(default=None, ge=0)
+    samples: int = Field(default=200, ge=1)
+    extract: str | None = None
+    max_new_tokens: int = Field(default=256, ge=1)
+
+
+class Ability(BaseModel):
+    """One ability's samples: the rows of a data set and how a row becomes a prompt and an answer.
+
+    The rows are filtered by ``where``, shuffled by ``seed``; ``offset`` are skipped and ``samples`` taken. With
+    ``balance``, both numbers are divided equally among the column's values.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: str
+    role: Literal["recover", "keep"] = "recover"
+    name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    prompt: str | None = None
+    answer: str | None = None
+    where: dict[str, Any] = Field(default_factory=dict)
+    balance: str | None = None
+    samples: int = Field(default=1500, ge=1)
+    offset: int = Field(default=0, ge=0)
+    seed: int = 0
+    evaluate: Evaluation = Field(default_factory=Evaluation)
+
+    @model_validator(mode="after")
+    def _check(self) -> Ability:
+        if (self.prompt is None) != (self.answer is None):
+            raise ValueError("prompt and answer go together: give both, or neither for messages or input_ids")
+        held_out = self.evaluate
+        if held_out.offset is not None and held_out.split in (None, self.split):
+            first, last = held_out.offset, held_out.offset + held_out.samples
+            if first < self.offset + self.samples and last > self.offset:
+                raise ValueError(
+                    f"held-out rows {first} to {last - 1} overlap the profiled rows {self.offset} to "
+                    f"{self.offset + self.samples - 1}; set evaluate.offset to {self.offset + self.samples} or more"
+                )
+        return self
+
+
+class AbilitiesFile(BaseModel):
+    """A pair of models and the abilities to profile, fine-tune, evaluate and sweep with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str
+    ability_model: str
+    max_length: int = Field(default=2048, ge=1)
+    template: Literal["chat", "plain"] = "chat"
+    system: str | None = None
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    abilities: dict[str, Ability] = Field(min_length=1)
+
+    @field_validator("abilities")
+    @classmethod
+    def _check_names(cls, abilities: dict[str, Ability]) -> dict[str, Ability]:
+        seen: dict[str, str] = {}
+        for name in abilities:
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("."):
+                raise ValueError(f'ability name "{name}" has other characters than letters, digits, ".", "_" and "-"')
+            if name.lower() in RESERVED_NAMES:
+                raise ValueError(f'ability name "{name}" is reserved for the profiles made without data')
+            if name.lower() in seen:
+                raise ValueError(
+                    f'ability names "{seen[name.lower()]}" and "{name}" differ only in case; their files would be one '
+                    "on some systems"
+                )
+            seen[name.lower()] = name
+        return abilities
+
+
+def load_abilities(path: str | Path) -> AbilitiesFile:
+    """Read and validate an abilities file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, has an unknown or missing key, or a wrong value; all are listed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected an abilities file (YAML)")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not an abilities file: expected the keys target, ability_model and abilities")
+    try:
+        return AbilitiesFile.model_validate(content)
+    except ValidationError as error:
+        problems = sorted(_sentence(detail) for detail in error.errors())
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{path}: {'; '.join(problems[:10])}{more}") from error
+
+
+def _sentence(detail: Any) -> str:
+    where = ".".join(map(str, detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        *parents, key = detail["loc"]
+        models: dict[int, type[BaseModel]] = {0: AbilitiesFile, 2: Ability, 3: Evaluation}
+        model = models.get(len(parents), Ability)
+        close = difflib.get_close_matches(str(key), model.model_fields, n=1)
+        hint = f'did you mean "{close[0]}"?' if close else f"expected {', '.join(model.model_fields)}"
+        return f'unknown key "{where}" ({hint})'
+    if detail["type"] == "missing":
+        return f'key "{where}" is missing'
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" + ("" if detail["type"] == "value_error" else f"; got {detail['input']!r}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping (YAML would keep the last without a word)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f'key "{key}" stands twice in one mapping (line {line})')
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,326 @@
+"""Profiles and masks: what is in them, and how they are written, read and validated.
+
+Both are safetensors files with one metadata key, ``mergekit_act``, whose JSON says all that a merge needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mergekit_act import __version__
+from mergekit_act.channels import Layout
+
+__all__ = [
+    "ArtifactError",
+    "Mask",
+    "Profile",
+    "check_free",
+    "file_hash",
+    "load_artifact",
+    "load_mask",
+    "load_profile",
+    "save_mask",
+    "save_profile",
+    "write_atomically",
+]
+
+FORMAT_VERSION = 1
+_KEY = "mergekit_act"
+
+
+class ArtifactError(ValueError):
+    """A profile or mask that cannot be used; the message names the file, what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The scores of every channel for one pair of models and one ability.
+
+    Attributes:
+        scores: module -> float32 ``[channels]`` (``[experts, channels]`` for fused experts): the mean over all answer
+            tokens of the absolute difference of the two models' activations (paper eq. 2), in module order.
+        layout: what each channel owns.
+        criterion: ``activation``, ``weight`` or ``random``.
+        ability: the ability's name.
+        target: the target model: ``model``, ``revision``, ``fingerprint``.
+        ability_model: the ability model, likewise.
+        samples: number of samples.
+        answer_tokens: number of answer tokens.
+        dtype: in which the forward passes ran.
+        data: resolved data settings and the fingerprint of the token ids.
+        shared_rows: module -> number of its leading channels that both models have, for vocabularies of different
+            length. The channels behind are never selected.
+    """
+
+    scores: Mapping[str, Tensor]
+    layout: Layout
+    criterion: str
+    ability: str
+    target: Mapping[str, Any]
+    ability_model: Mapping[str, Any]
+    samples: int = 0
+    answer_tokens: int = 0
+    dtype: str = "float32"
+    data: Mapping[str, Any] = field(default_factory=dict)
+    shared_rows: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A set of channels.
+
+    Attributes:
+        channels: module -> bool ``[channels]`` (``[experts, channels]``), for modules with a selected channel.
+        layout: what each channel owns.
+        sources: for each profile its file's ``sha256``, ``ability``, ``density``.
+        operation: how the sources were put together.
+        counts: of channels and parameters, selected and in all.
+    """
+
+    channels: Mapping[str, Tensor]
+    layout: Layout
+    sources: tuple[Mapping[str, Any], ...] = ()
+    operation: str = "union"
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+_PROVENANCE = {
+    "profile": tuple(n for n in Profile.__dataclass_fields__ if n not in ("scores", "layout")),
+    "mask": tuple(n for n in Mask.__dataclass_fields__ if n not in ("channels", "layout")),
+}
+
+
+def save_profile(profile: Profile, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write a profile. Equal content gives equal bytes.
+
+    Raises:
+        ArtifactError: a score is missing, of the wrong shape, negative, NaN or infinite.
+        FileExistsError: the file exists and ``overwrite`` is false.
+    """
+    _check(_profile_problems(profile), path)
+    _save("profile", profile, profile.scores, path, overwrite)
+
+
+def save_mask(mask: Mask, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write a mask. Equal content gives equal bytes.
+
+    Raises:
+        ArtifactError: a module is unknown or of the wrong shape.
+        FileExistsError: the file exists and ``overwrite`` is false.
+    """
+    _check(_mask_problems(mask), path)
+    selected = {module: chosen for module, chosen in mask.channels.items() if chosen.any()}
+    _save("mask", mask, selected, path, overwrite)
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Read and validate a profile.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ArtifactError: it is not a complete, valid profile of this format version.
+    """
+    artifact = load_artifact(path)
+    if isinstance(artifact, Mask):
+        raise ArtifactError(f"{path} is a mask; expected a profile. mergekit-act profile writes profiles.")
+    return artifact
+
+
+def load_mask(path: str | Path) -> Mask:
+    """Read and validate a mask.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ArtifactError: it is not a complete, valid mask of this format version.
+    """
+    artifact = load_artifact(path)
+    if isinstance(artifact, Profile):
+        raise ArtifactError(f"{path} is a profile; expected a mask. Make one with mergekit-act mask {path}.")
+    return artifact
+
+
+def load_artifact(path: str | Path) -> Profile | Mask:
+    """Read a file that is either a profile or a mask; raises as the two functions for one kind do."""
+    path = Path(path)
+    metadata, tensors = _read(path)
+    layout = _layout_from(metadata, path)
+    order = {module: place for place, module in enumerate(layout.parameters)}
+    tensors = {module: tensors[module] for module in sorted(tensors, key=lambda module: order.get(module, -1))}
+    kind = metadata["kind"]
+    known = {name: metadata[name] for name in _PROVENANCE[kind] if name in metadata}
+    if kind == "mask":
+        known["sources"] = tuple(known.get("sources", ()))
+        mask = Mask(channels=tensors, layout=layout, **known)
+        _check(_mask_problems(mask), path)
+        return mask
+    missing = [name for name in ("criterion", "ability", "target", "ability_model") if name not in known]
+    _check([f'its metadata lacks "{name}"' for name in missing], path)
+    profile = Profile(scores=tensors, layout=layout, **known)
+    _check(_profile_problems(profile), path)
+    return profile
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_free(paths: Iterable[str | Path], *, overwrite: bool) -> None:
+    """Raise FileExistsError if an output file exists, before any work is done for it."""
+    taken = [str(path) for path in paths if Path(path).exists()]
+    if taken and not overwrite:
+        verb = "exists" if len(taken) == 1 else "exist"
+        raise FileExistsError(f"{', '.join(taken)} {verb}. Choose another name or say --overwrite.")
+
+
+def write_atomically(path: str | Path, content: bytes, *, overwrite: bool = False) -> None:
+    """Write a file so that no one ever sees half of it: temporary file beside it, fsync, rename.
+
+    Raises:
+        FileExistsError: the file exists and ``overwrite`` is false.
+    """
+    path = Path(path)
+    check_free([path], overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _save(
+    kind: str, artifact: Profile | Mask, tensors: Mapping[str, Tensor], path: str | Path, overwrite: bool
+) -> None:
+    layout = artifact.layout
+    metadata: dict[str, Any] = {
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        "modules": list(layout.modules),
+        "parameters": {module: [list(pair) for pair in owned] for module, owned in layout.parameters.items()},
+        "tied": [list(group) for group in layout.tied],
+        "versions": {
+            "mergekit-act": __version__,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        },
+    }
+    if layout.shapes is not None:
+        metadata["shapes"] = {name: list(shape) for name, shape in layout.shapes.items()}
+    metadata |= {name: getattr(artifact, name) for name in _PROVENANCE[kind]}
+    content = save(
+        {module: tensor.contiguous().cpu() for module, tensor in tensors.items()},
+        metadata={_KEY: json.dumps(metadata, sort_keys=True)},
+    )
+    write_atomically(path, content, overwrite=overwrite)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist. mergekit-act profile and mergekit-act mask write such files.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            # Copies: a tensor that maps the file would change with it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is not a complete safetensors file ({error}). Make it again.") from error
+    if text is None:
+        raise ArtifactError(f'{path} is not a profile or mask of mergekit-act: it has no "{_KEY}" metadata.')
+    try:
+        metadata = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path}: its metadata is not JSON ({error}). Make it again.") from error
+    if not isinstance(metadata, dict):
+        raise ArtifactError(f"{path}: its metadata is not a JSON object. Make it again.")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format version {metadata.get('format_version')!r}; this mergekit-act {__version__} reads "
+            f"version {FORMAT_VERSION}. Update mergekit-act or make the file again."
+        )
+    if metadata.get("kind") not in _PROVENANCE:
+        raise ArtifactError(f'{path} is a "{metadata.get("kind")}"; expected a profile or a mask.')
+    return metadata, tensors
+
+
+def _layout_from(metadata: Mapping[str, Any], path: Path) -> Layout:
+    try:
+        owners = {
+            module: tuple((str(name), int(axis)) for name, axis in metadata["parameters"][module])
+            for module in metadata["modules"]
+        }
+        shapes = metadata.get("shapes")
+        return Layout(
+            parameters=owners,
+            tied=tuple(tuple(group) for group in metadata["tied"]),
+            shapes=None if shapes is None else {name: tuple(shape) for name, shape in shapes.items()},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        _refuse(path, f'its metadata does not describe its modules ("modules", "parameters", "tied"): {error!r}')
+
+
+def _profile_problems(profile: Profile) -> list[str]:
+    found = [f'module "{module}" has no scores' for module in profile.layout.modules if module not in profile.scores]
+    if profile.criterion not in ("activation", "weight", "random"):
+        found.append(f'criterion "{profile.criterion}" is none of activation, weight, random')
+    for module, scores in profile.scores.items():
+        found += _tensor_problems(profile.layout, module, scores, torch.float32)
+        if scores.dtype == torch.float32 and not torch.isfinite(scores).all():
+            found.append(f'module "{module}" has scores that are NaN or infinite')
+        elif scores.dtype == torch.float32 and (scores < 0).any():
+            found.append(f'module "{module}" has negative scores')
+    return found
+
+
+def _mask_problems(mask: Mask) -> list[str]:
+    return [
+        problem
+        for module, chosen in mask.channels.items()
+        for problem in _tensor_problems(mask.layout, module, chosen, torch.bool)
+    ]
+
+
+def _tensor_problems(layout: Layout, module: str, tensor: Tensor, dtype: torch.dtype) -> Iterable[str]:
+    if module not in layout.parameters or not layout.parameters[module]:
+        yield f'module "{module}" is not in its list of modules'
+    elif tensor.dtype != dtype:
+        yield f'module "{module}" is {tensor.dtype}, expected {dtype}'
+    elif tensor.ndim not in (1, 2):
+        yield f'module "{module}" has {tensor.ndim} dimensions, expected [channels] or [experts, channels]'
+    elif layout.shapes is not None and tuple(tensor.shape) != layout.channel_shape(module):
+        expected = math.prod(layout.channel_shape(module))
+        yield f'module "{module}" has {tensor.numel()} channels, its parameters say {expected}'
+
+
+def _check(problems: list[str], path: str | Path) -> None:
+    if problems:
+        shown = "; ".join(sorted(problems)[:10])
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        _refuse(path, shown + more)
+
+
+def _refuse(path: str | Path, why: str) -> NoReturn:
+    raise ArtifactError(f"{path} is not a valid file of mergekit-act: {why}. Make it again.")

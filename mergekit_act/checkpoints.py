@@ -1,0 +1,195 @@
+"""Model references: a checkpoint's config, tensor headers, fingerprint, and its weights tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.architecture.conversion import convert_checkpoint_tensors
+from mergekit.common import ModelReference
+from mergekit.io import LazyTensorLoader
+from torch import Tensor, nn
+
+__all__ = ["Checkpoint", "TensorHeader", "load_weights", "open_checkpoint", "read_config"]
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """A stored tensor's dtype (as its file writes it), shape and file, without its values."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model reference that is opened for reading.
+
+    Attributes:
+        reference: as mergekit writes it: ``user/repo@revision``, a path, ``model+lora``.
+        folder: where its files are on this machine.
+        config: its Transformers config.
+    """
+
+    reference: ModelReference
+    folder: Path
+    config: Any
+
+    @cached_property
+    def loader(self) -> LazyTensorLoader:
+        """mergekit's loader for the weight files."""
+        try:
+            return LazyTensorLoader.from_disk(str(self.folder), lazy_unpickle=True)
+        except RuntimeError as error:
+            raise FileNotFoundError(f"{self.folder} has no model.safetensors or pytorch_model.bin") from error
+
+    @cached_property
+    def headers(self) -> Mapping[str, TensorHeader]:
+        """Name -> header of every stored tensor. No values are read."""
+        paths = self.loader.index.tensor_paths
+        return {
+            name: TensorHeader(dtype, shape, file)
+            for file in sorted(set(paths.values()))
+            for name, dtype, shape in _read_headers(self.folder / file)
+            if paths.get(name) == file
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json, sorted tensor names, dtypes and shapes, and both ends of every weight file."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for name, header in sorted(self.headers.items()):
+            digest.update(f"{name} {header.dtype} {list(header.shape)}\n".encode())
+        for file in sorted({header.file for header in self.headers.values()}):
+            with open(self.folder / file, "rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                for start in (0, max(0, size - _MIB)):
+                    stream.seek(start)
+                    digest.update(stream.read(_MIB))
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, str | None]:
+        """What a profile records of it: Hub reference and revision, or a local folder's name; and its fingerprint."""
+        model, lora = self.reference.model, self.reference.lora
+        local = os.path.exists(model.path)
+        name = Path(model.path).resolve().name if local else model.path
+        if lora is not None:
+            name += "+" + (Path(lora.path).resolve().name if os.path.exists(lora.path) else lora.path)
+        snapshot = self.folder.name if self.folder.parent.name == "snapshots" else model.revision
+        return {"model": name, "revision": None if local else snapshot, "fingerprint": self.fingerprint}
+
+    def read(self, name: str) -> Tensor | None:
+        """A tensor by its Transformers parameter name, converted if it is stored in an older layout.
+
+        Returns:
+            The tensor, borrowed from the file where that maps memory; None if the checkpoint does not have it.
+        """
+        # Old checkpoints leave out the base model's prefix ("transformer.wte.weight" is "wte.weight").
+        for candidate in (name, name.partition(".")[2]):
+            if candidate in self.loader.index.tensor_paths:
+                stored: Tensor = self.loader.get_tensor(candidate)
+                return stored
+        sources: dict[str, Callable[[], Tensor]] = {
+            key: (lambda key=key: self.loader.get_tensor(key))  # type: ignore[misc]
+            for key in self.loader.index.tensor_paths
+        }
+        converted: Tensor | None = convert_checkpoint_tensors(self.config.model_type, sources, name)
+        return converted
+
+
+def open_checkpoint(
+    reference: str,
+    *,
+    cache_dir: str | None = None,
+    lora_merge_cache: str | None = None,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Open a model reference as mergekit takes it, fetching it from the Hub if it is not a local folder.
+
+    Raises:
+        FileNotFoundError: the folder has no config or no weights.
+        ValueError: the weights are quantised, or a LoRA reference comes without ``lora_merge_cache``.
+    """
+    parsed = ModelReference.parse(reference)
+    if parsed.lora is not None and lora_merge_cache is None:
+        raise ValueError(f"{reference} has a LoRA; say --lora-merge-cache FOLDER, where the merged model is kept")
+    config = read_config(reference, trust_remote_code=trust_remote_code)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise ValueError(f"{reference} is quantised ({method}); expected float32, float16 or bfloat16 weights")
+    merged = parsed.merged(cache_dir=lora_merge_cache, trust_remote_code=trust_remote_code)
+    return Checkpoint(parsed, Path(merged.local_path(cache_dir)), config)
+
+
+def read_config(reference: str, *, trust_remote_code: bool = False) -> Any:
+    """The config of a model reference; its weights need not be there.
+
+    Raises:
+        FileNotFoundError: there is no such model folder, or it has no config.json.
+    """
+    parsed = ModelReference.parse(reference)
+    path = Path(parsed.model.path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json; expected a model folder as save_pretrained writes it")
+    if not path.exists() and parsed.model.path.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{path} does not exist; expected a model folder or a Hub id")
+    return parsed.config(trust_remote_code=trust_remote_code)
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str | torch.device) -> None:
+    """Give a skeleton its weights, in place: every parameter on ``device`` in ``dtype``, tied ones tied again.
+
+    Args:
+        model: as ``build_skeleton`` makes it. It is changed.
+        checkpoint: where the weights come from.
+        dtype: of floating-point weights.
+        device: where to put them.
+
+    Raises:
+        ValueError: a tensor is missing or of another shape; all are listed.
+    """
+    state: dict[str, Tensor] = {}
+    problems = []
+    for name, parameter in model.named_parameters():  # tied parameters once
+        tensor = checkpoint.read(name)
+        if tensor is None:
+            problems.append(f'"{name}" is missing')
+        elif tensor.shape != parameter.shape:
+            problems.append(f'"{name}" is {list(tensor.shape)}, the config says {list(parameter.shape)}')
+        else:
+            state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+    if problems:
+        shown = "; ".join(sorted(problems)[:10])
+        raise ValueError(f"{checkpoint.reference} does not fit its config: {shown} ({len(problems)} in all)")
+    # Buffers in the checkpoint (rare since Transformers 5) replace the skeleton's; the others stay as built.
+    for name, buffer in model.named_buffers():
+        if name in checkpoint.loader.index.tensor_paths:
+            state[name] = checkpoint.loader.get_tensor(name).to(device=device, dtype=buffer.dtype, copy=True)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()  # type: ignore[operator]
+    model.to(device)
+
+
+def _read_headers(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                yield name, entry["dtype"], tuple(entry["shape"])
+    else:
+        for name, tensor in torch.load(path, map_location="meta", weights_only=True, mmap=True).items():
+            yield name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)

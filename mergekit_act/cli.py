@@ -1,0 +1,187 @@
+"""The command ``mergekit-act``: argument parsing only. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_act import __version__
+
+
+class _Command(click.Command):
+    """Prints a user's mistake as one sentence; ``-v`` shows the traceback as well."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except click.ClickException:
+            raise
+        except (ValueError, OSError) as error:
+            if context.params.get("verbose"):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+class _Group(click.Group):
+    command_class = _Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the work, not of the alphabet
+
+
+def _common(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``-v`` and ``--quiet``, on every command."""
+
+    @click.option("-v", "--verbose", count=True, help="Say more; tracebacks of errors too.")
+    @click.option("--quiet", is_flag=True, help="No progress bars.")
+    @functools.wraps(function)
+    def command(verbose: int, quiet: bool, **arguments: Any) -> Any:
+        level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+        logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+        if quiet or not sys.stderr.isatty():
+            import os
+
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        return function(quiet=quiet, **arguments)
+
+    return command
+
+
+_trust = click.option("--trust-remote-code", is_flag=True, help="Run model code from the Hub (danger).")
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace output files that exist.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mergekit-act")
+def main() -> None:
+    """Move one ability of a model into another: profile, mask, merge.
+
+    ACT (arXiv 2601.09398) compares the activations of two models of one backbone on samples of an ability, ranks all
+    channels by how far they differ, and moves only the top ones with mergekit (merge_method: act).
+    """
+
+
+@main.command()
+@click.argument("model")
+@_trust
+@_common
+def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
+    """List the channels of MODEL by module kind, from its config alone.
+
+    MODEL is a local folder or a Hub id (user/repo@revision).
+    """
+    from mergekit_act.channels import channel_layout
+    from mergekit_act.checkpoints import read_config
+    from mergekit_act.report import list_channels
+
+    config = read_config(model, trust_remote_code=trust_remote_code)
+    click.echo(list_channels(channel_layout(config, trust_remote_code=trust_remote_code)))
+
+
+@main.command()
+@click.argument("abilities_file", metavar="ABILITIES.yml", type=click.Path(path_type=Path))
+@click.argument("out_dir", metavar="OUT_DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--criterion",
+    type=click.Choice(["activation", "weight", "random"]),
+    default="activation",
+    show_default=True,
+    help="activation: difference of activations on the samples. Controls without data: weight (l2 norm of the change "
+    "of what a channel owns), random.",
+)
+@click.option("--device", help="Where the models run, such as cuda or cpu.  [default: the accelerator, if any]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="In which the models run.  [default: bfloat16 where the device has matrix units for it, else float32]",
+)
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Tokens in a micro-batch, padding included.",
+)
+@click.option("--random-seed", type=int, default=0, show_default=True, help="For --criterion random.")
+@click.option("--lora-merge-cache", help="Folder for merged models, for references of the form model+lora.")
+@_trust
+@_overwrite
+@_common
+def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **options: Any) -> None:
+    """Score every channel of a pair: one profile per ability of ABILITIES.yml in OUT_DIR.
+
+    The two models must fit in the device's memory together.
+    """
+    from mergekit_act.abilities import load_abilities
+    from mergekit_act.profiling import write_profiles
+
+    file = load_abilities(abilities_file)
+    for path in write_profiles(file, out_dir, criterion=criterion, quiet=quiet, **options):
+        click.echo(path)
+
+
+@main.command()
+@click.argument("profiles", metavar="PROFILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", "out", metavar="MASK", required=True, type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--density",
+    required=True,
+    type=float,
+    metavar="P",
+    help="Fraction of the channels that each profile keeps: 0.01 for the top 1 %.",
+)
+@click.option("--exclude", metavar="MODULE-GLOB", multiple=True, help="Leave modules out, such as lm_head. Repeatable.")
+@_overwrite
+@_common
+def mask(
+    profiles: tuple[Path, ...], out: Path, density: float, exclude: tuple[str, ...], overwrite: bool, quiet: bool
+) -> None:
+    """Select the top channels of each PROFILE and write the union as a mask."""
+    from mergekit_act.artifacts import check_free, file_hash, load_profile, save_mask
+    from mergekit_act.report import list_mask
+    from mergekit_act.selection import make_mask
+
+    check_free([out], overwrite=overwrite)
+    loaded = [load_profile(path) for path in profiles]
+    made = make_mask(loaded, density, exclude=exclude, hashes=[file_hash(path) for path in profiles])
+    save_mask(made, out, overwrite=overwrite)
+    click.echo(list_mask(made))
+
+
+@main.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+    options_metavar="[OPTIONS OF mergekit-yaml]",
+)
+@click.argument("arguments", metavar="CONFIG.yml OUT", nargs=-1, type=click.UNPROCESSED)
+def merge(arguments: tuple[str, ...]) -> None:
+    """mergekit-yaml with the same arguments.
+
+    For places where plain mergekit-yaml does not know the method act, because Python reads no .pth files there
+    (pip --target, zipapps).
+    """
+    from mergekit_act import autoload
+
+    autoload.install()
+    from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+    mergekit_yaml.main(args=list(arguments), prog_name="mergekit-act merge")
+
+
+@main.command()
+@click.argument("out_dir", metavar="OUT_DIR", type=click.Path(path_type=Path, file_okay=False))
+@_common
+def demo(out_dir: Path, quiet: bool) -> None:
+    """Train tiny models, let one forget, and bring the forgotten ability back with ACT.
+
+    Needs no downloads and about five minutes on two CPU cores; all files stay in OUT_DIR.
+    """
+    from mergekit_act.demo import run_demo
+
+    run_demo(out_dir, echo=click.echo)

@@ -1,0 +1,76 @@
+"""Micro-batches: samples sorted by length, cut by tokens, padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_act.abilities import Sample
+
+__all__ = ["MicroBatch", "cut_batches"]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that go through the models together.
+
+    Attributes:
+        input_ids: int64 ``[batch, tokens]``, padded on the right with token 0.
+        sample_of: int64 ``[answer tokens]``: the sample of each answer token.
+        position_of: int64 ``[answer tokens]``: its position in the sample.
+        tokens: number of tokens that are not padding.
+    """
+
+    input_ids: Tensor
+    sample_of: Tensor
+    position_of: Tensor
+    tokens: int
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same micro-batch on a device."""
+        return MicroBatch(
+            self.input_ids.to(device), self.sample_of.to(device), self.position_of.to(device), self.tokens
+        )
+
+    def answer_rows(self, output: Tensor, token_axis: int | None) -> Tensor:
+        """A module's output at the answer tokens: a copy, ``[answer tokens × others, channels]``.
+
+        Args:
+            output: the channels are its last dimension.
+            token_axis: which dimension of it are token positions; None if batch and positions are one, its first.
+        """
+        batch, length = self.input_ids.shape
+        if token_axis is None:
+            rows = output.index_select(0, self.sample_of * length + self.position_of)
+        elif output.ndim == 2 or output.shape[0] != batch:  # the same for all samples: position embeddings
+            by_position = output if token_axis == 0 else output.movedim(token_axis, 1)[0]
+            rows = by_position.index_select(0, self.position_of)
+        elif token_axis == 1 and output.is_contiguous():
+            rows = output.flatten(0, 1).index_select(0, self.sample_of * length + self.position_of)
+        else:
+            rows = output.movedim(token_axis, 1)[self.sample_of, self.position_of]
+        return rows.flatten(0, -2)
+
+
+def cut_batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[MicroBatch]:
+    """Longest samples first, as many as fit ``batch_tokens`` with their padding, at least one.
+
+    The cut depends on nothing but the samples and ``batch_tokens``, so sums do not either.
+    """
+    order = sorted(range(len(samples)), key=lambda place: (-len(samples[place].input_ids), place))
+    start = 0
+    while start < len(order):
+        length = len(samples[order[start]].input_ids)
+        count = max(1, batch_tokens // length)
+        yield _batch([samples[place] for place in order[start : start + count]])
+        start += count
+
+
+def _batch(samples: Sequence[Sample]) -> MicroBatch:
+    ids = torch.nn.utils.rnn.pad_sequence([sample.input_ids for sample in samples], batch_first=True)
+    answers = torch.nn.utils.rnn.pad_sequence([sample.is_answer for sample in samples], batch_first=True)
+    sample_of, position_of = answers.nonzero(as_tuple=True)
+    return MicroBatch(ids, sample_of, position_of, sum(len(sample.input_ids) for sample in samples))

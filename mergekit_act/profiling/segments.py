@@ -1,0 +1,216 @@
+"""Run a causal language model one segment at a time: embeddings, each decoder layer, final norm, head.
+
+A segment is run by calling the model's own forward. While it embeds or finishes, the decoder layers' forwards are
+replaced by ones that record the exact arguments each layer receives and pass the hidden state on, so every
+architecture keeps its own masks, position tables and scalings. Nothing here knows an architecture by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Carried", "SegmentedModel"]
+
+Observer = Callable[[str, Tensor], None]
+
+
+@dataclass
+class Carried:
+    """What one micro-batch carries from segment to segment.
+
+    Attributes:
+        input_ids: int64 ``[batch, tokens]``, padded on the right.
+        hidden: the hidden state ``[batch, tokens, hidden]`` that the next segment receives.
+        calls: for each decoder layer the other arguments it receives.
+    """
+
+    input_ids: Tensor
+    hidden: Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+
+class _Interrupt(Exception):  # noqa: N818
+    """Leaves a model's forward where the segment ends."""
+
+
+class SegmentedModel:
+    """A model that can be run by segments, showing what its modules put out.
+
+    Samples are padded on the right and no attention mask is passed: in a causal model the tokens of a sample never
+    see what stands behind them, so padding changes nothing at their positions.
+
+    Args:
+        model: a causal language model in eval mode. Hooks are added while ``observing``; it is not changed otherwise.
+
+    Raises:
+        ValueError: the model's decoder layers or head are not found.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.name = type(model).__name__
+        self.layers = _decoder_layers(model)
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"{self.name} has no linear head; it cannot be profiled")
+        self.head = head
+        self._returns_tuple: bool | None = None
+        self._observer: Observer | None = None
+
+    @contextmanager
+    def observing(self, modules: tuple[str, ...]) -> Iterator[None]:
+        """Hook these modules; what they put out goes to the observer that a segment is run with."""
+
+        def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def show(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                if self._observer is not None:
+                    self._observer(name, output)
+
+            return show
+
+        handles = [self.model.get_submodule(name).register_forward_hook(hook(name)) for name in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def embed(self, input_ids: Tensor, observer: Observer | None = None) -> Carried:
+        """The first segment: all that comes before the decoder layers.
+
+        Args:
+            input_ids: int64 ``[batch, tokens]``.
+            observer: called with (module name, output).
+
+        Raises:
+            ValueError: the model changes the hidden state between decoder layers, or skips one.
+        """
+        attempts = (False, True) if self._returns_tuple is None else (self._returns_tuple,)
+        for returns_tuple in attempts:
+            carried = self._record(input_ids, observer, returns_tuple)
+            if carried is not None:
+                self._returns_tuple = returns_tuple
+                return carried
+            observer = None  # what the first attempt showed is right
+        raise ValueError(
+            f"{self.name} does more with the hidden state between decoder layers than pass it on; it cannot be profiled"
+        )
+
+    def layer(self, index: int, carried: Carried, observer: Observer | None = None) -> None:
+        """Run decoder layer ``index``; ``carried.hidden`` becomes its output."""
+        arguments, keywords = carried.calls[index]
+        with self._shown_to(observer):
+            output = self.layers[index](carried.hidden, *arguments, **keywords)
+        self._returns_tuple = isinstance(output, tuple)
+        carried.hidden = output[0] if isinstance(output, tuple) else output
+
+    def normalise(self, carried: Carried, observer: Observer | None = None) -> Tensor:
+        """The segment between the last decoder layer and the head.
+
+        Returns:
+            The head's input ``[batch, tokens, hidden]``.
+        """
+        captured: list[Tensor] = []
+        last = len(self.layers) - 1
+
+        def pass_on(index: int) -> Callable[..., Any]:
+            def forward(*_args: Any, **_kwargs: Any) -> Any:
+                if index == last:
+                    self._observer = observer
+                return (carried.hidden,) if self._returns_tuple else carried.hidden
+
+            return forward
+
+        def capture(hidden: Tensor) -> Tensor:
+            captured.append(hidden)
+            raise _Interrupt
+
+        with self._replaced([pass_on(index) for index in range(last + 1)]), _forward(self.head, capture):
+            self._run(carried.input_ids)
+        return captured[0]
+
+    def run_head(self, hidden: Tensor, observer: Observer | None = None) -> Tensor:
+        """The last segment: the head, on any rows ``[…, hidden]`` of its input."""
+        with self._shown_to(observer):
+            logits: Tensor = self.head(hidden)
+        return logits
+
+    def _record(self, input_ids: Tensor, observer: Observer | None, returns_tuple: bool) -> Carried | None:
+        """Embed and record the layers' arguments; None if the layers don't get what the one before returned."""
+        carried = Carried(input_ids, torch.empty(0))
+        last = len(self.layers) - 1
+
+        def record(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                self._observer = None
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                if index == 0:
+                    carried.hidden = hidden
+                if hidden is not carried.hidden or index != len(carried.calls):
+                    raise _Interrupt
+                carried.calls.append((args[1:], kwargs))
+                if index == last:
+                    raise _Interrupt
+                return (hidden,) if returns_tuple else hidden
+
+            return forward
+
+        with self._replaced([record(index) for index in range(last + 1)]), self._shown_to(observer):
+            try:
+                self._run(input_ids)
+            except (AttributeError, IndexError, TypeError):
+                # A tensor where the model unpacks a tuple, or the other way round.
+                if not carried.calls:
+                    raise
+        return carried if len(carried.calls) == len(self.layers) else None
+
+    def _run(self, input_ids: Tensor) -> None:
+        try:
+            self.model(input_ids=input_ids, use_cache=False)
+        except _Interrupt:
+            pass
+        finally:
+            self._observer = None
+
+    @contextmanager
+    def _shown_to(self, observer: Observer | None) -> Iterator[None]:
+        self._observer = observer
+        try:
+            yield
+        finally:
+            self._observer = None
+
+    @contextmanager
+    def _replaced(self, forwards: list[Callable[..., Any]]) -> Iterator[None]:
+        for layer, forward in zip(self.layers, forwards, strict=True):
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The outermost list of modules that is as long as the config says there are layers."""
+    config: Any = model.config
+    count = config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder layers; it cannot be profiled")

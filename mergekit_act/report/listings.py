@@ -1,0 +1,92 @@
+"""Listings for the terminal: channels by module kind, and what a mask selects of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mergekit_act.artifacts import Mask
+from mergekit_act.channels import Layout, kind_pattern
+from mergekit_act.selection import selected_parameters
+
+__all__ = ["list_channels", "list_mask", "table"]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text: the first to the left, the others to the right.
+
+    >>> print(table(["a", "b"], [["x", "10"], ["yyy", "2"]]))
+    a     b
+    x    10
+    yyy   2
+    """
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for first, *others in (header, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def list_channels(layout: Layout) -> str:
+    """A model's channels by module kind, what 1 % of them is, and the parameters without channels."""
+    total = layout.channel_count()
+    rows = []
+    for kind, modules in _by_kind(layout).items():
+        channels = layout.channel_count(modules)
+        owned = sorted({layout.parameters_per_channel(module) for module in modules})
+        shown = f"{owned[0]:,}" if len(owned) == 1 else f"{owned[0]:,} to {owned[-1]:,}"
+        rows.append([kind, f"{len(modules):,}", f"{channels:,}", _percent(channels, total), shown])
+    rows.append(["total", f"{len(layout.modules):,}", f"{total:,}", "100.00 %", ""])
+    lines = [table(["module kind", "modules", "channels", "share", "parameters per channel"], rows), ""]
+    lines.append(f"1 % of the channels: {total // 100:,}")
+    lines += [f"one matrix: {' = '.join(group)}" for group in layout.tied]
+    lines.append(_without_channels(layout))
+    return "\n".join(lines)
+
+
+def list_mask(mask: Mask) -> str:
+    """What a mask selects, by module kind, and its share of channels and parameters."""
+    layout, counts = mask.layout, mask.counts
+    selected_total = counts["channels"]
+    rows = []
+    for kind, modules in _by_kind(layout).items():
+        chosen = [module for module in modules if module in mask.channels]
+        selected = sum(int(mask.channels[module].sum()) for module in chosen)
+        row = [kind, f"{len(chosen):,}", f"{selected:,}", _percent(selected, selected_total)]
+        if layout.shapes is not None:
+            owned = selected_parameters(mask.channels, layout, chosen)
+            row += [_percent(selected, layout.channel_count(modules)), f"{owned:,}"]
+        rows.append(row)
+    header = ["module kind", "modules", "selected", "of selected"]
+    lines = [table(header + (["of its kind", "parameters"] if layout.shapes is not None else []), rows), ""]
+    channels = f"{selected_total:,} of {counts['channels_total']:,} channels"
+    lines.append(f"{channels} ({_percent(selected_total, counts['channels_total'])})")
+    if counts["channels_taking_part"] != counts["channels_total"]:
+        taking_part = counts["channels_taking_part"]
+        lines.append(f"{_percent(selected_total, taking_part)} of the {taking_part:,} channels that were not excluded")
+    if "parameters" in counts:
+        parameters, everything = counts["parameters"], counts["parameters_total"]
+        lines.append(f"{parameters:,} of {everything:,} parameters ({_percent(parameters, everything)})")
+        lines.append(_without_channels(layout))
+    return "\n".join(lines)
+
+
+def _by_kind(layout: Layout) -> dict[str, list[str]]:
+    kinds: dict[str, list[str]] = {}
+    for module in layout.modules:
+        kinds.setdefault(kind_pattern(module), []).append(module)
+    return kinds
+
+
+def _without_channels(layout: Layout) -> str:
+    without = layout.without_channels()
+    if not without:
+        return "parameters without channels: none"
+    kinds = ", ".join(dict.fromkeys(kind_pattern(name) for name in without))
+    count = sum(math.prod(shape) for shape in without.values())
+    return f"parameters without channels, never transferred: {count:,} ({kinds})"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f} %" if whole else "none"
