@@ -1,0 +1,191 @@
+"""The demo's plot: train, forget, then run the very commands a user runs, and compare what came of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from mergekit_act.artifacts import check_free, load_mask
+from mergekit_act.demo.tasks import DOMAINS, LANGUAGES, Row, all_rows
+from mergekit_act.demo.training import build_model, build_tokenizer, exact_match, train
+from mergekit_act.report import table
+
+__all__ = ["run_demo"]
+
+Echo = Callable[[str], None]
+
+KEPT = ("latin", "greek")  # the target is trained on mathematics in these
+RECOVERED = tuple(f"facts-{language}" for language in LANGUAGES)
+PROFILED = 32  # of a table's 64 facts; the others measure the recovery
+DENSITY = 0.2
+STEPS = {"base": 1000, "ability": 700, "target": 500}
+
+
+def run_demo(out_dir: Path, *, echo: Echo) -> None:
+    """Make the models, run the commands, print accuracy per ability.
+
+    Args:
+        out_dir: where all files are left; it must not exist or be empty.
+        echo: prints a line.
+
+    Raises:
+        FileExistsError: ``out_dir`` has files in it.
+        subprocess.CalledProcessError: a command failed.
+    """
+    started = time.monotonic()
+    if out_dir.is_dir() and any(out_dir.iterdir()):
+        check_free([out_dir], overwrite=False)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    rows = all_rows()
+    tokenizer = build_tokenizer()
+    echo("Training a base, an ability model (all abilities) and a target (only mathematics, in two languages)")
+    for name, model in _train_models(tokenizer, rows).items():
+        model.save_pretrained(out_dir / "models" / name)
+        tokenizer.save_pretrained(out_dir / "models" / name)
+    _write_inputs(out_dir, rows)
+    _run_commands(out_dir, echo)
+    echo(f"\nExact match on questions that were not profiled, after {time.monotonic() - started:.0f} s:\n")
+    echo(_results(out_dir, tokenizer, rows))
+    channels, share = _moved(out_dir)
+    echo(
+        f"\nACT and the two controls moved {channels:,} channels each ({share}). All files are in {out_dir}: models/, "
+        "abilities.yml, profiles/, masks/, configs/ and merged/."
+    )
+
+
+def _train_models(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Any]:
+    base = build_model(tokenizer, rope_theta=1_000_000.0)
+    train(base, tokenizer, rows, steps=STEPS["base"], learning_rate=3e-3, seed=0, label="base")
+    ability = copy.deepcopy(base)
+    train(ability, tokenizer, rows, steps=STEPS["ability"], learning_rate=2e-3, seed=1, label="ability model")
+    # As Qwen2.5-Math does, the target has another rope_theta than its base.
+    target = build_model(tokenizer, rope_theta=10_000.0)
+    target.load_state_dict(base.state_dict())
+    mathematics = [row for row in rows if row.domain == "math" and row.language in KEPT]
+    train(target, tokenizer, mathematics, steps=STEPS["target"], learning_rate=2e-3, seed=2, label="target")
+    return {"base": base, "ability": ability, "target": target}
+
+
+def _write_inputs(out_dir: Path, rows: Sequence[Row]) -> None:
+    """The data set, the abilities file and the merge configs."""
+    lines = [json.dumps(vars(row), ensure_ascii=False) for row in rows]
+    (out_dir / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    abilities = "".join(
+        f"""  facts-{language}:
+    role: recover
+    dataset: questions.jsonl
+    prompt: prompt
+    answer: answer
+    where: {{domain: facts, language: {language}}}
+    samples: {PROFILED}
+    evaluate: {{offset: {PROFILED}, samples: {PROFILED}}}
+"""
+        for language in LANGUAGES
+    )
+    head = "target: ./models/target\nability_model: ./models/ability\nabilities:\n"
+    (out_dir / "abilities.yml").write_text(head + abilities, encoding="utf-8")
+    (out_dir / "configs").mkdir()
+    methods = {
+        "act": "act\n{models}\n      weight: 1.0\n      mask: masks/act.safetensors",
+        "random": "act\n{models}\n      weight: 1.0\n      mask: masks/random.safetensors",
+        "weight": "act\n{models}\n      weight: 1.0\n      mask: masks/weight.safetensors",
+        "task_arithmetic": "task_arithmetic\n{models}\n      weight: 0.5",
+    }
+    models = "base_model: ./models/target\nmodels:\n  - model: ./models/ability\n    parameters:"
+    for name, text in methods.items():
+        config = f"merge_method: {text.format(models=models)}\ndtype: float32\n"
+        (out_dir / "configs" / f"{name}.yml").write_text(config, encoding="utf-8")
+
+
+def _run_commands(out_dir: Path, echo: Echo) -> None:
+    """Profile, mask and merge with the commands of a user, in ``out_dir``."""
+    act = [sys.executable, "-m", "mergekit_act"]
+    profiles = [f"profiles/{name}.safetensors" for name in RECOVERED]
+    _run(out_dir, echo, [*act, "profile", "abilities.yml", "profiles"])
+    mask = ["mask", *profiles, "-o", "masks/act.safetensors", "--density", str(DENSITY)]
+    _run(out_dir, echo, [*act, *mask])
+    counts = load_mask(out_dir / "masks" / "act.safetensors").counts
+    same = (counts["channels"] + 0.5) / counts["channels_total"]  # as many channels for the controls
+    for criterion in ("random", "weight"):
+        _run(out_dir, echo, [*act, "profile", "abilities.yml", "profiles", "--criterion", criterion])
+        control = ["mask", f"profiles/{criterion}.safetensors", "-o", f"masks/{criterion}.safetensors"]
+        _run(out_dir, echo, [*act, *control, "--density", repr(same)], show_output=False)
+    merge = str(Path(sys.executable).with_name("mergekit-yaml"))
+    for name in ("act", "random", "weight", "task_arithmetic"):
+        _run(out_dir, echo, [merge, f"configs/{name}.yml", f"./merged/{name}", "--quiet"], show_output=False)
+
+
+def _run(out_dir: Path, echo: Echo, command: Sequence[str], *, show_output: bool = True) -> None:
+    shown = ["mergekit-act", *command[3:]] if command[1:2] == ["-m"] else [Path(command[0]).name, *command[1:]]
+    echo(f"\n$ {shlex.join(shown)}")
+    done = subprocess.run(command, cwd=out_dir, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+    if show_output or done.returncode:
+        echo(done.stdout.rstrip())
+    if done.returncode:
+        echo(done.stderr.rstrip())
+        raise subprocess.CalledProcessError(done.returncode, list(command))
+
+
+def _results(out_dir: Path, tokenizer: Any, rows: Sequence[Row]) -> str:
+    """Exact match of every model on every ability, on rows that no profile has seen."""
+    folders = {
+        "target": "models/target",
+        "ability": "models/ability",
+        "ACT": "merged/act",
+        "random": "merged/random",
+        "weight": "merged/weight",
+        "task arithmetic": "merged/task_arithmetic",
+    }
+    profiled = _profiled_questions(out_dir)
+    held_out = [row for row in rows if (row.language, row.prompt) not in profiled]
+    scores: dict[str, dict[tuple[str, str], float]] = {}
+    for name, folder in folders.items():
+        model = AutoModelForCausalLM.from_pretrained(out_dir / folder, dtype=torch.float32).eval()
+        scores[name] = {
+            (domain, language): exact_match(
+                model, tokenizer, held_out, lambda row, d=domain, ln=language: (row.domain, row.language) == (d, ln)
+            )
+            for domain in DOMAINS
+            for language in LANGUAGES
+        }
+    groups = {
+        "kept: math, two languages": [("math", language) for language in KEPT],
+        "recovered: facts": [("facts", language) for language in LANGUAGES],
+    }
+    lines = [[f"{d}-{ln}", *(f"{scores[n][d, ln]:.2f}" for n in folders)] for d in DOMAINS for ln in LANGUAGES]
+    for label, keys in groups.items():
+        means = (sum(scores[name][key] for key in keys) / len(keys) for name in folders)
+        lines.append([label, *(f"{mean:.2f}" for mean in means)])
+    return table(["ability", *folders], lines)
+
+
+def _profiled_questions(out_dir: Path) -> set[tuple[str, str]]:
+    """(language, prompt) of every row that went into a profile."""
+    from mergekit_act.abilities import load_abilities
+    from mergekit_act.abilities.rows import load_rows, select_rows
+
+    file = load_abilities(out_dir / "abilities.yml")
+    seen = set()
+    for name, ability in file.abilities.items():
+        local = ability.model_copy(update={"dataset": str(out_dir / ability.dataset)})
+        taken, _ = select_rows(name, local, load_rows(name, local, local.split), offset=0, samples=local.samples)
+        seen |= {(row["language"], row["prompt"]) for row in taken}
+    return seen
+
+
+def _moved(out_dir: Path) -> tuple[int, str]:
+    counts = [load_mask(out_dir / "masks" / f"{name}.safetensors").counts for name in ("act", "random", "weight")]
+    if len({count["channels"] for count in counts}) != 1:
+        raise ValueError(f"the masks have {[count['channels'] for count in counts]} channels, expected equal numbers")
+    shares = (f"{100 * count['parameters'] / count['parameters_total']:.0f} %" for count in counts)
+    return counts[0]["channels"], "of the parameters: ACT {}, random {}, weight {}".format(*shares)

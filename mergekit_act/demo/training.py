@@ -1,0 +1,118 @@
+"""The demo's tokenizer, and how its tiny models are trained and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from mergekit_act.demo.tasks import LANGUAGES, Row
+
+__all__ = ["build_model", "build_tokenizer", "exact_match", "train"]
+
+_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
+_BATCH = 256
+
+
+def build_tokenizer() -> Any:
+    """One token per character, with a chat template."""
+    symbols = [*_SPECIAL, *"+?!", *(digit for digits in LANGUAGES.values() for digit in digits)]
+    vocabulary = {symbol: place for place, symbol in enumerate(symbols)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|pad|>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=list(_SPECIAL[2:]),
+        chat_template=_TEMPLATE,
+    )
+
+
+def build_model(tokenizer: Any, *, rope_theta: float, seed: int = 0) -> Any:
+    """An untrained Qwen2 of 0.8 M parameters."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def train(
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, steps: int, learning_rate: float, seed: int, label: str
+) -> None:
+    """Train on random rows, answer tokens only; changes the model."""
+    ids, labels = _encode(tokenizer, rows)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    model.train()
+    for _ in tqdm(range(steps), desc=label, unit="step"):
+        batch = torch.randint(len(rows), (_BATCH,), generator=generator)
+        loss = model(input_ids=ids[batch], labels=labels[batch]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.eval()
+
+
+@torch.inference_mode()
+def exact_match(model: Any, tokenizer: Any, rows: Sequence[Row], select: Callable[[Row], bool]) -> float:
+    """Share of the selected rows whose greedy answer is exactly right."""
+    chosen = [row for row in rows if select(row)]
+    # All prompts of a domain have one length, so they need no padding.
+    prompts = [_chat(tokenizer, row, prompt=True) for row in chosen]
+    ids = torch.tensor(tokenizer(prompts, add_special_tokens=False)["input_ids"])
+    longest = max(len(row.answer) for row in chosen) + 1
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False, use_cache=True
+    )
+    answers = tokenizer.batch_decode(output[:, ids.shape[1] :])
+    right = sum(
+        answer.split("<|end|>")[0] == row.answer and "<|end|>" in answer
+        for answer, row in zip(answers, chosen, strict=True)
+    )
+    return right / len(chosen)
+
+
+def _chat(tokenizer: Any, row: Row, *, prompt: bool) -> str:
+    turns = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.answer}]
+    text: str = tokenizer.apply_chat_template(
+        turns[:1] if prompt else turns, tokenize=False, add_generation_prompt=prompt
+    )
+    return text
+
+
+def _encode(tokenizer: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    encoded = [tokenizer(_chat(tokenizer, row, prompt=False), add_special_tokens=False)["input_ids"] for row in rows]
+    length = max(map(len, encoded))
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), length), -100)
+    for place, (row, tokens) in enumerate(zip(rows, encoded, strict=True)):
+        ids[place, : len(tokens)] = torch.tensor(tokens)
+        answer = len(row.answer) + 1
+        labels[place, len(tokens) - answer : len(tokens)] = torch.tensor(tokens[-answer:])
+    return ids, labels
