@@ -104,8 +104,12 @@ class Checkpoint:
             key: (lambda key=key: self.loader.get_tensor(key))  # type: ignore[misc]
             for key in self.loader.index.tensor_paths
         }
-        converted: Tensor | None = convert_checkpoint_tensors(self.config.model_type, sources, name)
-        return converted
+        # Transformers keeps its conversions under the class's name or the model type.
+        for family in (*(self.config.architectures or ()), self.config.model_type):
+            converted: Tensor | None = convert_checkpoint_tensors(family, sources, name)
+            if converted is not None:
+                return converted
+        return None
 
 
 def open_checkpoint(

@@ -28,7 +28,7 @@ KEPT = ("latin", "greek")  # the target is trained on mathematics in these
 RECOVERED = tuple(f"facts-{language}" for language in LANGUAGES)
 PROFILED = 32  # of a table's 64 facts; the others measure the recovery
 DENSITY = 0.2
-STEPS = {"base": 1000, "ability": 700, "target": 500}
+STEPS = {"base": 600, "ability": 350, "target": 400}
 
 
 def run_demo(out_dir: Path, *, echo: Echo) -> None:

@@ -56,7 +56,7 @@ def _weight_change(pair: ModelPair, module: str) -> Tensor:
         target = _read(pair.target, pair.layout, name)
         ability_model = _read(pair.ability_model, pair.ability_layout, name)
         rows = min(len(target), len(ability_model))
-        change = ability_model[:rows].float().sub_(target[:rows]).square_()
+        change = ability_model[:rows].to(torch.float32, copy=True).sub_(target[:rows]).square_()
         other = [dimension for dimension in range(change.ndim) if dimension != axis]
         part = change.sum(dim=other, dtype=torch.float64) if other else change.double()
         if len(part) < target.shape[axis]:

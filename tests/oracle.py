@@ -1,0 +1,81 @@
+"""Second, plain implementations that the package is compared with: whole forwards and hooks, loops and float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from mergekit_act.artifacts import Mask
+
+
+def plain_profile(
+    target: Path, ability: Path, samples: Sequence[tuple[list[int], list[bool]]], modules: Sequence[str], *, pad_left: int = 0
+) -> dict[str, torch.Tensor]:
+    """Mean absolute difference of every module's output at answer positions, one sample at a time (paper eq. 2).
+
+    Args:
+        target: folder of the target.
+        ability: folder of the ability model.
+        samples: (token ids, whether each is an answer token).
+        modules: names of the modules to observe.
+        pad_left: tokens of padding put in front of every sample, masked out.
+    """
+    outputs = []
+    for folder in (target, ability):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        seen: list[dict[str, torch.Tensor]] = []
+        for name in modules:
+            model.get_submodule(name).register_forward_hook(
+                lambda _m, _i, output, name=name: seen[-1].__setitem__(name, output.clone())
+            )
+        with torch.no_grad():
+            for ids, _ in samples:
+                seen.append({})
+                padded = torch.tensor([[0] * pad_left + ids])
+                attention = torch.tensor([[0] * pad_left + [1] * len(ids)])
+                positions = (attention.cumsum(1) - 1).clamp(min=0)
+                model(input_ids=padded, attention_mask=attention, position_ids=positions, use_cache=False)
+        outputs.append(seen)
+    scores = {}
+    for name in modules:
+        total, count = 0.0, 0
+        for first, second, (ids, is_answer) in zip(*outputs, samples, strict=True):
+            length = pad_left + len(ids)
+            positions = [pad_left + t for t, answer in enumerate(is_answer) if answer]
+            rows = [_at(output[name], length, positions) for output in (first, second)]
+            total = total + (rows[1] - rows[0]).abs().sum(0)
+            count += len(rows[0])
+        scores[name] = total / count
+    return scores
+
+
+def _at(output: torch.Tensor, length: int, positions: list[int]) -> torch.Tensor:
+    axis = list(output.shape[:-1]).index(length)
+    rows = output.double().index_select(axis, torch.tensor(positions))
+    return rows.reshape(-1, output.shape[-1])
+
+
+def plain_merge(
+    target: dict[str, torch.Tensor], others: Sequence[tuple[dict[str, torch.Tensor], float, Mask]], *, tied: bool
+) -> dict[str, torch.Tensor]:
+    """θ_trg + Σ weight · (θ_abl − θ_trg) ⊙ M, cell by cell with boolean masks over whole tensors (paper eq. 4, 5)."""
+    merged = {}
+    for name, base in target.items():
+        change = torch.zeros(base.shape, dtype=torch.float32)
+        touched = torch.zeros(base.shape, dtype=torch.bool)
+        for state, weight, mask in others:
+            cells = torch.zeros(base.shape, dtype=torch.bool)
+            for module, chosen in mask.channels.items():
+                for owned, axis in mask.layout.parameters[module]:
+                    names = mask.layout.tied_names(owned) if tied else (owned,)
+                    if name in names:
+                        shape = [1] * base.ndim
+                        shape[axis] = -1
+                        cells |= chosen.reshape(shape).expand(base.shape)
+            change += torch.where(cells, weight * (state[name].float() - base.float()), torch.zeros(()))
+            touched |= cells
+        merged[name] = torch.where(touched, (base.float() + change).to(base.dtype), base)
+    return merged

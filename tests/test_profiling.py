@@ -1,0 +1,252 @@
+"""Profiles against an independent implementation, whatever the architecture, batch size and padding."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from conftest import make_model, make_tokenizer, tiny_config
+from oracle import plain_profile
+
+from mergekit_act.abilities import AbilitySamples, Sample
+from mergekit_act.artifacts import load_profile
+from mergekit_act.cli import main
+from mergekit_act.profiling import open_pair, profile_pair, profile_without_data
+from mergekit_act.profiling.batches import cut_batches
+from mergekit_act.profiling.segments import SegmentedModel
+
+ARCHITECTURES = [
+    "qwen2", "qwen2-tied", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "phi3", "olmo2", "falcon",
+]  # fmt: skip
+
+
+def random_samples(seed: int = 0) -> list[tuple[list[int], list[bool]]]:
+    """Five samples of unlike lengths; the answer of one is in two pieces."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for length, answer in ((23, range(15, 23)), (9, range(5, 9)), (31, range(1, 31)), (12, range(11, 12)), (17, (3, 4, 9, 16))):
+        ids = torch.randint(3, 128, (length,), generator=generator).tolist()
+        samples.append((ids, [t in answer for t in range(length)]))
+    return samples
+
+
+def as_ability(samples, name: str = "x") -> AbilitySamples:
+    return AbilitySamples(name, tuple(Sample(torch.tensor(ids), torch.tensor(answer)) for ids, answer in samples), {})
+
+
+def assert_close(scores, expected, tolerance: float = 1e-5) -> None:
+    assert list(scores) == list(expected)
+    for module, column in expected.items():
+        torch.testing.assert_close(scores[module].double(), column, rtol=tolerance, atol=tolerance * float(column.mean()), msg=module)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_profiles_equal_whole_forwards_with_hooks(pair_of, name):
+    target, ability = pair_of(name)
+    pair = open_pair(str(target), str(ability))
+    samples = random_samples()
+    batch_tokens = {"qwen2": 1, "llama": 64, "gpt2": 70}.get(name, 4096)
+    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32, batch_tokens=batch_tokens)
+    assert_close(profile.scores, plain_profile(target, ability, samples, pair.layout.modules))
+    assert profile.samples == 5
+    assert profile.answer_tokens == 8 + 4 + 30 + 1 + 4
+    assert profile.dtype == "float32"
+
+
+def test_left_padding_gives_the_same_scores(pair_of):
+    target, ability = pair_of("gemma3")
+    pair = open_pair(str(target), str(ability))
+    samples = random_samples(1)
+    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32)
+    assert_close(profile.scores, plain_profile(target, ability, samples, pair.layout.modules, pad_left=6))
+
+
+def test_batch_size_changes_nothing_but_rounding(pair_of):
+    pair = open_pair(*map(str, pair_of("qwen3")))
+    ability = as_ability(random_samples())
+    one, many = (profile_pair(pair, [ability], device="cpu", dtype=torch.float32, batch_tokens=n)[0] for n in (1, 4096))
+    assert_close(many.scores, {module: scores.double() for module, scores in one.scores.items()})
+
+
+def test_abilities_of_one_run_do_not_mix(pair_of):
+    pair = open_pair(*map(str, pair_of("llama")))
+    first, second = as_ability(random_samples(0), "first"), as_ability(random_samples(1), "second")
+    together = profile_pair(pair, [first, second], device="cpu", dtype=torch.float32)
+    alone = profile_pair(pair, [second], device="cpu", dtype=torch.float32)
+    assert [profile.ability for profile in together] == ["first", "second"]
+    for module, scores in alone[0].scores.items():
+        assert torch.equal(together[1].scores[module], scores)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2", "falcon"])
+def test_segments_give_the_logits_of_the_models_own_forward(pair_of, name):
+    folder, _ = pair_of(name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    segmented = SegmentedModel(model)
+    ids = torch.arange(3, 45).reshape(3, 14)
+    with torch.no_grad():
+        carried = segmented.embed(ids)
+        for index in range(len(segmented.layers)):
+            segmented.layer(index, carried)
+        logits = segmented.run_head(segmented.normalise(carried))
+        whole = model(input_ids=ids, use_cache=False).logits
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        assert torch.equal(cap * torch.tanh(logits / cap) if cap else logits, whole)
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, whole)  # the model is as it was
+
+
+def test_each_model_runs_under_its_own_rope(pair_of, tmp_path):
+    target, _ = pair_of("qwen2")
+    shutil.copytree(target, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 7.0
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    pair = open_pair(str(target), str(tmp_path / "other"))
+    samples = random_samples()
+    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32)
+    assert_close(profile.scores, plain_profile(target, tmp_path / "other", samples, pair.layout.modules))
+    assert float(profile.scores["model.layers.0.self_attn.q_proj"].max()) == 0  # before attention they are one model
+    assert float(profile.scores["model.layers.0.self_attn.o_proj"].min()) > 0
+
+
+def test_vocabularies_of_different_length_are_compared_on_common_ids(pair_of, tmp_path):
+    target, _ = pair_of("qwen2")
+    short = make_model(tiny_config("qwen2", vocab_size=120), tmp_path / "short", seed=5)
+    pair = open_pair(str(target), str(short))
+    samples = [([i % 100 + 3 for i in ids], answer) for ids, answer in random_samples()]
+    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32)
+    assert profile.shared_rows == {"lm_head": 120}
+    assert profile.scores["lm_head"].shape == (128,)
+    assert profile.scores["lm_head"][120:].tolist() == [0.0] * 8
+    assert float(profile.scores["lm_head"][:120].min()) > 0
+    with pytest.raises(ValueError, match=r'ability "x": sample 0 has token id 125; both models have the ids 0 to 119'):
+        profile_pair(pair, [as_ability([([3, 125], [False, True])])], device="cpu")
+
+
+def test_weight_criterion_is_the_norm_of_what_a_channel_owns(pair_of):
+    target, ability = pair_of("qwen2-tied")
+    states = [
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (target, ability)
+    ]
+    change = {name: states[1][name].double() - states[0][name].double() for name in states[0]}
+    profile = profile_without_data(open_pair(str(target), str(ability)), "weight")
+    q_proj = "model.layers.1.self_attn.q_proj"
+    expected = {
+        q_proj: (change[f"{q_proj}.weight"].square().sum(1) + change[f"{q_proj}.bias"].square()).sqrt(),
+        "model.embed_tokens": change["model.embed_tokens.weight"].square().sum(0).sqrt(),
+        "lm_head": change["model.embed_tokens.weight"].square().sum(1).sqrt(),
+        "model.norm": change["model.norm.weight"].abs(),
+    }
+    for module, column in expected.items():
+        torch.testing.assert_close(profile.scores[module].double(), column, rtol=1e-6, atol=1e-7)
+    assert (profile.criterion, profile.ability) == ("weight", "weight")
+
+
+def test_random_criterion_repeats_with_its_seed(pair_of):
+    pair = open_pair(*map(str, pair_of("qwen2")))
+    first, again, other = (profile_without_data(pair, "random", random_seed=seed).scores for seed in (0, 0, 1))
+    assert all(torch.equal(first[module], again[module]) for module in first)
+    assert not torch.equal(first["lm_head"], other["lm_head"])
+
+
+def test_micro_batches_are_cut_by_padded_tokens():
+    samples = [Sample(torch.arange(n), torch.ones(n, dtype=torch.bool)) for n in (3, 10, 4, 4, 9)]
+    batches = list(cut_batches(samples, 20))
+    assert [tuple(batch.input_ids.shape) for batch in batches] == [(2, 10), (3, 4)]
+    assert [batch.tokens for batch in batches] == [19, 11]
+    assert batches[1].sample_of.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    assert batches[1].position_of.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
+    assert len(list(cut_batches(samples, 1))) == 5
+
+
+def test_command_writes_one_profile_per_ability(pair_of, sums_file, abilities_yml, tmp_path):
+    target, ability = pair_of("qwen2")
+    path = abilities_yml(
+        target, ability, sums_file, ability_keys=f"    prompt: q\n    answer: a\n  half:\n    dataset: {sums_file}\n"
+        "    prompt: '{q}='\n    answer: a\n    samples: 5\n"
+    )  # fmt: skip
+    out = tmp_path / "profiles"
+    run = CliRunner().invoke(main, ["profile", str(path), str(out), "--dtype", "float32", "--batch-tokens", "256"])
+    assert run.exit_code == 0, run.output
+    assert run.stdout.splitlines() == [f"{out}/sums.safetensors", f"{out}/half.safetensors"]
+    profile = load_profile(out / "half.safetensors")
+    assert profile.samples == 5
+    assert profile.target["model"] == "target"
+    assert profile.data["prompt"] == "{q}="
+    assert all(math.isfinite(float(scores.sum())) for scores in profile.scores.values())
+
+    again = CliRunner().invoke(main, ["profile", str(path), str(out)])
+    assert again.exit_code == 1
+    assert again.output.endswith("half.safetensors exist. Choose another name or say --overwrite.\n")
+    before = (out / "sums.safetensors").read_bytes()
+    run = CliRunner().invoke(
+        main, ["profile", str(path), str(out), "--dtype", "float32", "--batch-tokens", "256", "--overwrite"]
+    )
+    assert run.exit_code == 0, run.output
+    assert (out / "sums.safetensors").read_bytes() == before  # a profile is a function of its inputs
+
+
+def refusal(target, ability) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        open_pair(str(target), str(ability))
+    return str(caught.value)
+
+
+def test_pairs_that_do_not_fit_are_refused(pair_of, tmp_path):
+    qwen2, llama, tied = pair_of("qwen2")[0], pair_of("llama")[0], pair_of("qwen2-tied")[0]
+    message = refusal(qwen2, llama)
+    assert "(qwen2)" in message
+    assert "(llama) differ in their modules" in message
+    assert '"model.layers.0.self_attn.q_proj.bias" is [32] in the first, missing in the second' in message
+    wide = make_model(tiny_config("qwen2", intermediate_size=64), tmp_path / "wide", seed=3)
+    assert '"model.layers.0.mlp.up_proj.weight" is [48, 32] in the first, [64, 32] in the second' in refusal(qwen2, wide)
+    assert "ties its head to its embedding (model.embed_tokens.weight = lm_head.weight) and" in refusal(tied, qwen2)
+    assert open_pair(str(qwen2), str(tied)).ability_layout.tied  # the other way round is fine
+    moe = pair_of("qwen3_moe")[0]
+    assert "(qwen3_moe) is a mixture of experts" in refusal(moe, moe)
+    assert "does not exist; expected a model folder or a Hub id" in refusal(tmp_path / "no", qwen2)
+
+
+def test_quantised_and_incomplete_checkpoints_are_refused(pair_of, tmp_path):
+    qwen2 = pair_of("qwen2")[0]
+    shutil.copytree(qwen2, tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    assert "is quantised (gptq); expected float32, float16 or bfloat16 weights" in refusal(qwen2, tmp_path / "q")
+    shutil.copytree(qwen2, tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").unlink()
+    pair = open_pair(str(qwen2), str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors or pytorch_model\.bin"):
+        profile_pair(pair, [as_ability(random_samples())], device="cpu")
+
+
+def test_untied_target_with_tied_ability_model(pair_of):
+    target, ability = pair_of("qwen2")[0], pair_of("qwen2-tied")[1]
+    pair = open_pair(str(target), str(ability))
+    samples = random_samples()
+    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32)
+    assert_close(profile.scores, plain_profile(target, ability, samples, pair.layout.modules))
+    weights = profile_without_data(pair, "weight").scores["lm_head"]
+    states = [transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (target, ability)]
+    expected = (states[1]["model.embed_tokens.weight"] - states[0]["lm_head.weight"]).norm(dim=1)
+    torch.testing.assert_close(weights, expected)
+
+
+def test_a_tokenizer_is_not_needed_for_token_ids(pair_of, tmp_path, abilities_yml):
+    folders = []
+    for folder in pair_of("llama"):
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("token*", "chat*", "special*"))
+        folders.append(tmp_path / folder.name)
+    data = tmp_path / "ids.jsonl"
+    data.write_text("".join(json.dumps({"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, i]}) + "\n" for i in range(12)))
+    run = CliRunner().invoke(main, ["profile", str(abilities_yml(*folders, data)), str(tmp_path / "out"), "--quiet"])
+    assert run.exit_code == 0, run.output
+    assert load_profile(tmp_path / "out" / "sums.safetensors").answer_tokens == 24
+    assert make_tokenizer().chat_template  # the pair itself has one

@@ -1,0 +1,165 @@
+"""Ranking, density, union and overlap against hand-computed values."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergekit_act.artifacts import Profile
+from mergekit_act.channels import Layout
+from mergekit_act.selection import (
+    make_mask,
+    overlap,
+    select_channels,
+    selected_count,
+    selected_parameters,
+    unite,
+    validate_density,
+)
+
+
+def profile(scores: dict[str, list[float]], *, ability: str = "x", shared_rows=None) -> Profile:
+    tensors = {module: torch.tensor(values) for module, values in scores.items()}
+    layout = Layout(
+        {module: ((f"{module}.weight", 0),) for module in scores},
+        (),
+        {f"{module}.weight": (len(values), 10) for module, values in scores.items()},
+    )
+    return Profile(tensors, layout, "activation", ability, {}, {}, shared_rows=shared_rows or {})
+
+
+def chosen(selection) -> dict[str, list[int]]:
+    return {module: torch.nonzero(mask).flatten().tolist() for module, mask in selection.items()}
+
+
+def test_ranking_is_global():
+    scores = profile({"b": [1.0, 9.0, 3.0], "a": [8.0, 2.0], "c": [0.0] * 5})
+    assert chosen(select_channels(scores, 0.3)) == {"b": [1, 2], "a": [0]}
+
+
+def test_density_is_computed_exactly():
+    scores = profile({"m": [float(i) for i in range(100)]})
+    assert selected_count(select_channels(scores, 0.29)) == 29  # 0.29 * 100 is 28.999… in floating point
+    assert selected_count(select_channels(scores, 0.299)) == 29
+    assert selected_count(select_channels(scores, 1)) == 100
+    assert selected_count(select_channels(scores, 0.0001)) == 1  # at least one
+    assert validate_density(1e-05) == Fraction(1, 100_000)
+
+
+def test_the_papers_one_percent():
+    ones = profile({"m": [1.0] * 1_750_528})
+    assert selected_count(select_channels(ones, 0.01)) == 17_505
+
+
+def test_ties_go_to_the_module_that_comes_first():
+    scores = profile({"z": [1.0, 5.0, 1.0], "a": [1.0, 1.0]})
+    assert chosen(select_channels(scores, 0.6)) == {"z": [0, 1, 2]}
+    assert chosen(select_channels(scores, 0.8)) == {"z": [0, 1, 2], "a": [0]}
+
+
+def test_excluded_modules_take_no_part_in_the_count():
+    scores = profile({"layers.0.up": [5.0, 4.0], "layers.1.up": [3.0, 2.0], "lm_head": [9.0] * 6})
+    assert chosen(select_channels(scores, 0.5, exclude=["lm_head"])) == {"layers.0.up": [0, 1]}
+    assert chosen(select_channels(scores, 0.5, exclude=["layers.*.up"])) == {"lm_head": [0, 1, 2]}
+
+
+def test_glob_that_matches_nothing_names_the_kinds():
+    scores = profile({"layers.0.up": [5.0], "lm_head": [9.0]})
+    with pytest.raises(ValueError, match=r'no module matches "head"; there are layers\.\*\.up, lm_head'):
+        select_channels(scores, 0.5, exclude=["head"])
+    with pytest.raises(ValueError, match="no module is left after excluding"):
+        select_channels(scores, 0.5, exclude=["*"])
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.01, float("nan"), float("inf")])
+def test_density_outside_its_range(density):
+    with pytest.raises(ValueError, match=r"expected a fraction in \(0, 1\]"):
+        select_channels(profile({"m": [1.0]}), density)
+
+
+def test_rows_that_the_ability_model_lacks_are_never_selected():
+    scores = profile({"lm_head": [0.0, 3.0, 0.0, 0.0], "up": [0.0]}, shared_rows={"lm_head": 2})
+    assert chosen(select_channels(scores, 1.0)) == {"lm_head": [0, 1], "up": [0]}
+
+
+def test_union_and_overlap():
+    first = {"m": torch.tensor([True, True, False, False])}
+    second = {"m": torch.tensor([False, True, True, True]), "n": torch.tensor([True])}
+    assert chosen(unite([first, second])) == {"m": [0, 1, 2, 3], "n": [0]}
+    assert first["m"].tolist() == [True, True, False, False]  # not changed
+    assert overlap(first, second) == 0.5
+    assert overlap(second, first) == 0.25
+
+
+def test_union_of_different_models_is_refused():
+    with pytest.raises(ValueError, match="these are masks of different models"):
+        unite([{"m": torch.ones(2, dtype=torch.bool)}, {"m": torch.ones(3, dtype=torch.bool)}])
+    with pytest.raises(ValueError, match=r'the profiles of "one" and "two" are of models with different modules'):
+        make_mask([profile({"m": [1.0]}, ability="one"), profile({"n": [1.0]}, ability="two")], 0.5)
+
+
+def test_parameters_of_a_tied_matrix_are_counted_once():
+    shapes = {"embed.weight": (6, 4), "head.weight": (6, 4), "up.weight": (3, 4), "up.bias": (3,)}
+    layout = Layout(
+        {
+            "embed": (("embed.weight", 1),),
+            "up": (("up.weight", 0), ("up.bias", 0)),
+            "head": (("head.weight", 0),),
+        },
+        (("embed.weight", "head.weight"),),
+        shapes,
+    )
+    selection = {
+        "embed": torch.tensor([True, False, False, False]),
+        "head": torch.tensor([True, True, False, False, False, False]),
+        "up": torch.tensor([True, False, False]),
+    }
+    # one column of 6 and two rows of 4 share two cells; one row of 4 and its bias
+    assert selected_parameters(selection, layout) == 6 + 8 - 2 + 5
+    assert selected_parameters(selection, layout, ["head"]) == 8
+    assert layout.parameter_count() == 24 + 12 + 3
+
+
+def test_parameters_of_experts():
+    layout = Layout({"e.down": (("e.down", 2), ("e.down_bias", 1))}, (), {"e.down": (2, 5, 3), "e.down_bias": (2, 3)})
+    selection = {"e.down": torch.tensor([[True, False, True], [False, False, True]])}
+    assert layout.channel_shape("e.down") == (2, 3)
+    assert selected_parameters(selection, layout) == 3 * (5 + 1)
+
+
+def test_mask_records_where_it_comes_from():
+    profiles = [profile({"m": [3.0, 2.0, 1.0, 0.0]}, ability="one"), profile({"m": [0.0, 1.0, 2.0, 3.0]}, ability="two")]
+    mask = make_mask(profiles, 0.25, hashes=["aa", "bb"])
+    assert chosen(mask.channels) == {"m": [0, 3]}
+    assert [(source["ability"], source["sha256"], source["density"]) for source in mask.sources] == [
+        ("one", "aa", 0.25),
+        ("two", "bb", 0.25),
+    ]
+    assert mask.counts == {
+        "channels": 2,
+        "channels_total": 4,
+        "channels_taking_part": 4,
+        "parameters": 20,
+        "parameters_total": 40,
+    }
+
+
+@given(
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5),
+    values=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=35, max_size=35),
+    percent=st.integers(1, 100),
+)
+def test_selection_equals_sorting_in_plain_python(sizes, values, percent):
+    numbers = iter(values)
+    scores = {f"m{i}": [next(numbers) for _ in range(size)] for i, size in enumerate(sizes)}
+    flat = [(module, i, score) for module, column in scores.items() for i, score in enumerate(column)]
+    k = max(1, percent * len(flat) // 100)
+    best = sorted(flat, key=lambda entry: -entry[2])[:k]  # Python's sort is stable
+    expected: dict[str, list[int]] = {}
+    for module, i, _ in sorted(best, key=lambda entry: (int(entry[0][1:]), entry[1])):
+        expected.setdefault(module, []).append(i)
+    assert chosen(select_channels(profile(scores), percent / 100)) == expected
