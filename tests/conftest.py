@@ -81,7 +81,7 @@ def tiny_config(name: str, **changes: Any) -> Any:
 
 def make_tokenizer(*, template: bool = True) -> Any:
     """One token per ASCII character; a turn ends with <|im_end|> and a newline, as Qwen's do."""
-    symbols = ["<pad>", "<|im_start|>", "<|im_end|>", "\n", *map(chr, range(32, 127))]
+    symbols = ["<pad>", "<|im_start|>", "<|im_end|>", "\n", *map(chr, range(32, 127)), "<|endoftext|>"]
     backend = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()

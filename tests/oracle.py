@@ -12,7 +12,12 @@ from mergekit_act.artifacts import Mask
 
 
 def plain_profile(
-    target: Path, ability: Path, samples: Sequence[tuple[list[int], list[bool]]], modules: Sequence[str], *, pad_left: int = 0
+    target: Path,
+    ability: Path,
+    samples: Sequence[tuple[list[int], list[bool]]],
+    modules: Sequence[str],
+    *,
+    pad_left: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Mean absolute difference of every module's output at answer positions, one sample at a time (paper eq. 2).
 
@@ -29,7 +34,8 @@ def plain_profile(
         seen: list[dict[str, torch.Tensor]] = []
         for name in modules:
             model.get_submodule(name).register_forward_hook(
-                lambda _m, _i, output, name=name: seen[-1].__setitem__(name, output.clone())
+                # A clone: some models change a module's output in place afterwards.
+                lambda _m, _i, output, name=name, seen=seen: seen[-1].__setitem__(name, output.clone())
             )
         with torch.no_grad():
             for ids, _ in samples:

@@ -138,7 +138,9 @@ def test_balance_takes_equal_numbers(sums_file):
     second, _ = select_rows("x", ability, rows, offset=8, samples=8)
     assert Counter(first["kind"]) == Counter(second["kind"]) == {"even": 4, "odd": 4}
     assert not set(first["q"]) & set(second["q"])
-    with pytest.raises(ValueError, match='samples 7 and offset 0 cannot be divided equally among the 2 values of "kind"'):
+    with pytest.raises(
+        ValueError, match='samples 7 and offset 0 cannot be divided equally among the 2 values of "kind"'
+    ):
         select_rows("x", ability, rows, offset=0, samples=7)
     with pytest.raises(ValueError, match='column "kind" needs 50 rows of each value after skipping 0'):
         select_rows("x", ability, rows, offset=0, samples=100)
@@ -196,7 +198,7 @@ def refusal(tokenizers, ability, **top) -> str:
 
 def test_data_that_is_not_there(tokenizers, sums_file, tmp_path):
     good = {"dataset": str(sums_file), "prompt": "q", "answer": "a"}
-    assert "has no column \"question\"; its columns are q, a, kind" in refusal(tokenizers, good | {"prompt": "question"})
+    assert 'has no column "question"; its columns are q, a, kind' in refusal(tokenizers, good | {"prompt": "question"})
     assert 'has no column "x"' in refusal(tokenizers, good | {"answer": "{x}!"})
     assert 'has no column "subject"' in refusal(tokenizers, good | {"where": {"subject": "a"}})
     assert 'has no column "subject"' in refusal(tokenizers, good | {"balance": "subject"})

@@ -107,7 +107,9 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 def test_written_files_have_the_usual_permissions(tmp_path):
     save_profile(profile(), tmp_path / "p.safetensors")
     (tmp_path / "plain").touch()
-    assert stat.S_IMODE((tmp_path / "p.safetensors").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / "p.safetensors").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "plain").stat().st_mode
+    )
 
 
 def rewrite(path: Path, change) -> None:
@@ -135,7 +137,9 @@ def test_truncated_file(tmp_path):
 def test_foreign_file(tmp_path):
     path = tmp_path / "p.safetensors"
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ArtifactError, match='is not a profile or mask of mergekit-act: it has no "mergekit_act" metadata'):
+    with pytest.raises(
+        ArtifactError, match='is not a profile or mask of mergekit-act: it has no "mergekit_act" metadata'
+    ):
         load_profile(path)
 
 
@@ -143,7 +147,7 @@ def test_newer_version_is_named(tmp_path):
     path = tmp_path / "p.safetensors"
     save_profile(profile(), path)
     rewrite(path, lambda metadata, _: metadata.update(format_version=2))
-    with pytest.raises(ArtifactError, match="has format version 2; this mergekit-act .* reads version 1"):
+    with pytest.raises(ArtifactError, match=r"has format version 2; this mergekit-act .* reads version 1"):
         load_profile(path)
 
 
@@ -165,7 +169,7 @@ def test_scores_that_are_no_scores(tmp_path, bad):
         tensors["a.norm"][1] = bad
 
     rewrite(path, spoil)
-    with pytest.raises(ArtifactError, match='module "a.norm" has (scores that are NaN or infinite|negative scores)'):
+    with pytest.raises(ArtifactError, match=r'module "a\.norm" has (scores that are NaN or infinite|negative scores)'):
         load_profile(path)
 
 

@@ -31,7 +31,11 @@ def qwen25(hidden: int, layers: int, key_value_heads: int, intermediate: int, vo
         (qwen25(1536, 28, 2, 8960, 151936, tied=True), 886_144, 8_861),
         (
             transformers.LlamaConfig(
-                hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, intermediate_size=13824, vocab_size=32000
+                hidden_size=5120,
+                num_hidden_layers=40,
+                num_attention_heads=40,
+                intermediate_size=13824,
+                vocab_size=32000,
             ),
             2_581_760,
             25_817,
@@ -120,4 +124,6 @@ def test_command_lists_channels_without_weights(tmp_path):
 def test_command_refuses_a_folder_without_config(tmp_path):
     result = CliRunner().invoke(main, ["channels", str(tmp_path)])
     assert result.exit_code == 1
-    assert result.output == f"Error: {tmp_path} has no config.json; expected a model folder as save_pretrained writes it\n"
+    assert (
+        result.output == f"Error: {tmp_path} has no config.json; expected a model folder as save_pretrained writes it\n"
+    )

@@ -29,7 +29,13 @@ def random_samples(seed: int = 0) -> list[tuple[list[int], list[bool]]]:
     """Five samples of unlike lengths; the answer of one is in two pieces."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
-    for length, answer in ((23, range(15, 23)), (9, range(5, 9)), (31, range(1, 31)), (12, range(11, 12)), (17, (3, 4, 9, 16))):
+    for length, answer in (
+        (23, range(15, 23)),
+        (9, range(5, 9)),
+        (31, range(1, 31)),
+        (12, range(11, 12)),
+        (17, (3, 4, 9, 16)),
+    ):
         ids = torch.randint(3, 128, (length,), generator=generator).tolist()
         samples.append((ids, [t in answer for t in range(length)]))
     return samples
@@ -42,7 +48,9 @@ def as_ability(samples, name: str = "x") -> AbilitySamples:
 def assert_close(scores, expected, tolerance: float = 1e-5) -> None:
     assert list(scores) == list(expected)
     for module, column in expected.items():
-        torch.testing.assert_close(scores[module].double(), column, rtol=tolerance, atol=tolerance * float(column.mean()), msg=module)
+        torch.testing.assert_close(
+            scores[module].double(), column, rtol=tolerance, atol=tolerance * float(column.mean()), msg=module
+        )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -205,7 +213,9 @@ def test_pairs_that_do_not_fit_are_refused(pair_of, tmp_path):
     assert "(llama) differ in their modules" in message
     assert '"model.layers.0.self_attn.q_proj.bias" is [32] in the first, missing in the second' in message
     wide = make_model(tiny_config("qwen2", intermediate_size=64), tmp_path / "wide", seed=3)
-    assert '"model.layers.0.mlp.up_proj.weight" is [48, 32] in the first, [64, 32] in the second' in refusal(qwen2, wide)
+    assert '"model.layers.0.mlp.up_proj.weight" is [48, 32] in the first, [64, 32] in the second' in refusal(
+        qwen2, wide
+    )
     assert "ties its head to its embedding (model.embed_tokens.weight = lm_head.weight) and" in refusal(tied, qwen2)
     assert open_pair(str(qwen2), str(tied)).ability_layout.tied  # the other way round is fine
     moe = pair_of("qwen3_moe")[0]
@@ -245,7 +255,9 @@ def test_a_tokenizer_is_not_needed_for_token_ids(pair_of, tmp_path, abilities_ym
         shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("token*", "chat*", "special*"))
         folders.append(tmp_path / folder.name)
     data = tmp_path / "ids.jsonl"
-    data.write_text("".join(json.dumps({"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, i]}) + "\n" for i in range(12)))
+    data.write_text(
+        "".join(json.dumps({"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, i]}) + "\n" for i in range(12))
+    )
     run = CliRunner().invoke(main, ["profile", str(abilities_yml(*folders, data)), str(tmp_path / "out"), "--quiet"])
     assert run.exit_code == 0, run.output
     assert load_profile(tmp_path / "out" / "sums.safetensors").answer_tokens == 24

@@ -132,7 +132,10 @@ def test_parameters_of_experts():
 
 
 def test_mask_records_where_it_comes_from():
-    profiles = [profile({"m": [3.0, 2.0, 1.0, 0.0]}, ability="one"), profile({"m": [0.0, 1.0, 2.0, 3.0]}, ability="two")]
+    profiles = [
+        profile({"m": [3.0, 2.0, 1.0, 0.0]}, ability="one"),
+        profile({"m": [0.0, 1.0, 2.0, 3.0]}, ability="two"),
+    ]
     mask = make_mask(profiles, 0.25, hashes=["aa", "bb"])
     assert chosen(mask.channels) == {"m": [0, 3]}
     assert [(source["ability"], source["sha256"], source["density"]) for source in mask.sources] == [

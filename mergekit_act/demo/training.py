@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,22 +80,18 @@ def train(
 
 
 @torch.inference_mode()
-def exact_match(model: Any, tokenizer: Any, rows: Sequence[Row], select: Callable[[Row], bool]) -> float:
-    """Share of the selected rows whose greedy answer is exactly right."""
-    chosen = [row for row in rows if select(row)]
+def exact_match(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
+    """Share of the rows, all of one domain, whose greedy answer is exactly right."""
     # All prompts of a domain have one length, so they need no padding.
-    prompts = [_chat(tokenizer, row, prompt=True) for row in chosen]
+    prompts = [_chat(tokenizer, row, prompt=True) for row in rows]
     ids = torch.tensor(tokenizer(prompts, add_special_tokens=False)["input_ids"])
-    longest = max(len(row.answer) for row in chosen) + 1
+    longest = max(len(row.answer) for row in rows) + 1
     output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False, use_cache=True
     )
     answers = tokenizer.batch_decode(output[:, ids.shape[1] :])
-    right = sum(
-        answer.split("<|end|>")[0] == row.answer and "<|end|>" in answer
-        for answer, row in zip(answers, chosen, strict=True)
-    )
-    return right / len(chosen)
+    pairs = zip(answers, rows, strict=True)
+    return sum("<|end|>" in answer and answer.split("<|end|>")[0] == row.answer for answer, row in pairs) / len(rows)
 
 
 def _chat(tokenizer: Any, row: Row, *, prompt: bool) -> str:

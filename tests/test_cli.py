@@ -1,0 +1,101 @@
+"""The command line: help, the command mask, and how mistakes are told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from conftest import make_model, tiny_config
+from test_artifacts import profile
+
+import mergekit_act
+from mergekit_act.artifacts import load_mask, save_profile
+from mergekit_act.cli import main
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom mergekit_act.cli import main\n"
+        "try: main(['profile', '--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'mergekit', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--batch-tokens" in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("command", ["channels", "profile", "mask", "demo"])
+def test_every_command_explains_itself(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) > 4
+
+
+def test_public_names_are_found():
+    assert len(mergekit_act.__all__) <= 10
+    for name in mergekit_act.__all__:
+        assert callable(getattr(mergekit_act, name))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = mergekit_act.nothing
+
+
+def test_mask_unites_profiles_and_says_what_it_selected(tmp_path):
+    scores = profile().scores
+    save_profile(profile(), tmp_path / "one.safetensors")
+    turned = {module: scores[module].flip(0) for module in scores}
+    save_profile(profile(scores=turned, ability="two"), tmp_path / "two.safetensors")
+    out = tmp_path / "masks" / "m.safetensors"
+    result = invoke("mask", tmp_path / "one.safetensors", tmp_path / "two.safetensors", "-o", out, "--density", 0.3)
+    assert result.exit_code == 0, result.output
+    assert load_mask(out).channels["b.linear"].tolist() == [True, True, True, True]
+    lines = [line.split() for line in result.output.splitlines()]
+    assert ["b.linear", "1", "4", "100.00", "%", "100.00", "%", "16"] in lines
+    assert "4 of 7 channels (57.14 %)" in result.output
+    assert "16 of 19 parameters (84.21 %)" in result.output
+    again = invoke("mask", tmp_path / "one.safetensors", "-o", out, "--density", 0.3)
+    assert again.exit_code == 1
+    assert again.output == f"Error: {out} exists. Choose another name or say --overwrite.\n"
+    replaced = invoke(
+        "mask", tmp_path / "one.safetensors", "-o", out, "--density", 0.3, "--overwrite", "--exclude", "a.*"
+    )
+    assert replaced.exit_code == 0
+    assert "1 of 7 channels (14.29 %)" in replaced.output
+    assert "25.00 % of the 4 channels that were not excluded" in replaced.output
+
+
+def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path):
+    save_profile(profile(), tmp_path / "p.safetensors")
+    out = tmp_path / "m.safetensors"
+    for arguments, words in (
+        (["--density", "0"], "density is 0.0; expected a fraction in (0, 1]"),
+        (["--density", "0.5", "--exclude", "head*"], 'no module matches "head*"; there are b.linear, a.norm'),
+    ):
+        result = invoke("mask", tmp_path / "p.safetensors", "-o", out, *arguments)
+        assert result.exit_code == 1
+        assert result.output.count("\n") == 1
+        assert words in result.output
+    assert "does not exist" in invoke("mask", tmp_path / "none.safetensors", "-o", out, "--density", 0.5).output
+    assert invoke("mask", tmp_path / "p.safetensors", "-o", out).exit_code == 2  # no density
+    assert not out.exists()
+
+
+def test_profile_refuses_before_it_loads_models(tmp_path, sums_file):
+    target = make_model(tiny_config("qwen2"), tmp_path / "t", seed=0)
+    (tmp_path / "a.yml").write_text(
+        f"target: {target}\nability_model: {target}\nabilities:\n  x: {{dataset: {sums_file}, prompt: q, answer: a}}\n"
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.safetensors").write_text("mine")
+    result = invoke("profile", tmp_path / "a.yml", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.output == f"Error: {tmp_path}/out/x.safetensors exists. Choose another name or say --overwrite.\n"
+    assert (tmp_path / "out" / "x.safetensors").read_text() == "mine"
+    result = invoke("profile", tmp_path / "a.yml", tmp_path / "new", "--criterion", "weight")
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["weight.safetensors"]
