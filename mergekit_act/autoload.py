@@ -2,7 +2,7 @@
 
 mergekit 0.1.5 has no plugin discovery. The wheel ships ``mergekit_act.pth``, which imports this module when
 Python starts. All that happens then is that a finder is put in front of ``sys.meta_path``. It waits for the
-three mergekit modules named below and completes each right after its own code has run, once. Everything heavy is
+mergekit modules named below and completes each right after its own code has run, once. Everything heavy is
 imported by then, because mergekit itself has imported it.
 
 ``MERGEKIT_ACT_AUTOLOAD=0`` turns the hook off. No failure in here reaches the process: each becomes one warning.
@@ -16,6 +16,7 @@ _SWITCH = "MERGEKIT_ACT_AUTOLOAD"
 # mergekit module -> the function of mergekit_act that completes it
 _COMPLETIONS = {
     "mergekit.merge_methods": ("mergekit_act.merging", "register_methods"),
+    "mergekit.merge": ("mergekit_act.checking", "wrap_merge"),
     "mergekit.plan": ("mergekit_act.checking", "wrap_planner"),
     "mergekit.scripts.merge_raw_pytorch": ("mergekit_act.checking", "wrap_flat_planner"),
 }

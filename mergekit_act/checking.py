@@ -24,9 +24,9 @@ from mergekit.merge_methods.registry import get
 
 from mergekit_act import merging
 from mergekit_act.checkpoints import Checkpoint, TensorHeader
-from mergekit_act.merging import MaskFiles, TensorSelection, is_ours, load_mask_files
+from mergekit_act.merging import MaskFiles, TensorSelection, find_mask_files, is_ours, load_mask_files
 
-__all__ = ["MergeConfigError", "wrap_flat_planner", "wrap_planner"]
+__all__ = ["MergeConfigError", "wrap_flat_planner", "wrap_merge", "wrap_planner"]
 
 LOG = logging.getLogger(__name__)
 
@@ -43,6 +43,30 @@ class MergeConfigError(click.ClickException, ValueError):
             super().__init__("\n  - ".join([f"{len(shown)} problems:", *shown[:10], *more]))
 
 
+def wrap_merge() -> None:
+    """Complete ``mergekit.merge``: what a config alone tells is checked before models are fetched."""
+    module: Any = sys.modules["mergekit.merge"]
+    get_architecture_info = module.get_architecture_info
+
+    @functools.wraps(get_architecture_info)
+    def checked_architecture(config: Any, options: Any) -> Any:
+        if not is_ours(config.merge_method):
+            return get_architecture_info(config, options)
+        written = config.model_dump(mode="json")
+        problems = _unknown_parameters(written, get(config.merge_method).spec)
+        for key, value in _parameters(written):
+            problems += [problem for text in _texts(value) for problem in _missing_files(text)] if key == "mask" else []
+        kinds = {m: m.config(options.trust_remote_code).architectures for m in config.referenced_models()}
+        if len({tuple(names or ()) for names in kinds.values()}) > 1 and not options.allow_crimes:
+            shown = ", ".join(sorted(f"{model} is {' '.join(names or ())}" for model, names in kinds.items()))
+            problems.append(f"the models differ in architecture: {shown}; ACT needs models of one backbone")
+        if problems:
+            raise MergeConfigError(problems)
+        return get_architecture_info(config, options)
+
+    module.get_architecture_info = checked_architecture
+
+
 def wrap_planner() -> None:
     """Complete ``mergekit.plan.MergePlanner``: check and resolve plans that use one of our methods."""
     planner = sys.modules["mergekit.plan"].MergePlanner
@@ -56,14 +80,11 @@ def wrap_planner() -> None:
         if not is_ours(self.config.merge_method):
             plan(self)
             return
-        problems = _unknown_parameters(self.config.model_dump(mode="json"), self._method.spec)
         try:
             plan(self)
-        except MergeConfigError:
-            raise
-        except Exception as error:
-            raise MergeConfigError([*problems, f"mergekit cannot plan this merge: {error}"]) from error
-        check = _PlanCheck(self.config, self.options, problems)
+        except Exception as error:  # what mergekit says of a wrong value comes as many kinds of error
+            raise MergeConfigError([f"mergekit cannot plan this merge: {error}"]) from error
+        check = _PlanCheck(self.config, self.options)
         self._tensors = [(weight, check.resolve(weight, task)) for weight, task in self._tensors]
         check.finish()
 
@@ -286,7 +307,7 @@ def _unknown_parameters(config: Any, spec: Any) -> list[str]:
     """mergekit ignores parameters that a method does not have; so a misspelled one would do nothing, in silence."""
     known = [parameter.name for parameter in spec.parameters]
     problems = []
-    for key in _parameter_keys(config):
+    for key, _ in _parameters(config):
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f'did you mean "{close[0]}"?' if close else f"expected {', '.join(known)}"
@@ -294,13 +315,33 @@ def _unknown_parameters(config: Any, spec: Any) -> list[str]:
     return problems
 
 
-def _parameter_keys(config: Any) -> Iterator[str]:
+def _parameters(config: Any) -> Iterator[tuple[str, Any]]:
+    """Every (parameter, setting) anywhere in a config."""
     if isinstance(config, Mapping):
         for key, value in config.items():
             if key == "parameters" and isinstance(value, Mapping):
-                yield from value
+                yield from value.items()
             else:
-                yield from _parameter_keys(value)
+                yield from _parameters(value)
     elif isinstance(config, list):
         for item in config:
-            yield from _parameter_keys(item)
+            yield from _parameters(item)
+
+
+def _texts(setting: Any) -> Iterator[str]:
+    """The strings of a setting: itself, a gradient's, a filter's values."""
+    if isinstance(setting, str):
+        yield setting
+    elif isinstance(setting, Mapping):
+        yield from _texts(setting.get("value"))
+    elif isinstance(setting, list):
+        for item in setting:
+            yield from _texts(item)
+
+
+def _missing_files(setting: str) -> list[str]:
+    try:
+        find_mask_files(setting)
+    except FileNotFoundError as error:
+        return [str(error)]
+    return []

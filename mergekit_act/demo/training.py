@@ -91,7 +91,8 @@ def exact_match(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
     )
     answers = tokenizer.batch_decode(output[:, ids.shape[1] :])
     pairs = zip(answers, rows, strict=True)
-    return sum("<|end|>" in answer and answer.split("<|end|>")[0] == row.answer for answer, row in pairs) / len(rows)
+    right = [answer.partition("<|end|>")[:2] == (row.answer, "<|end|>") for answer, row in pairs]
+    return right.count(True) / len(right)
 
 
 def _chat(tokenizer: Any, row: Row, *, prompt: bool) -> str:

@@ -1,0 +1,35 @@
+"""What the README says has to be true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from mergekit_act.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_ci_runs_the_readmes_test_command():
+    (command,) = re.findall(r"^pip install -e .*pytest.*$", README, re.MULTILINE)
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_commands_and_options_in_the_readme_exist():
+    for line in re.findall(r"^\$? ?mergekit-act (.+)$", README, re.MULTILINE):
+        command, *rest = line.split()
+        if command in main.commands:
+            known = {name for option in main.commands[command].params for name in option.opts}
+            used = {word.split("=")[0] for word in rest if word.startswith("-")}
+            assert command == "merge" or used <= known, line
+    for command in main.commands:
+        assert f"mergekit-act {command}" in README
+        assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
+
+
+def test_links_to_files_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
