@@ -13,9 +13,10 @@ import sys
 
 _SWITCH = "MERGEKIT_ACT_AUTOLOAD"
 
-# mergekit module -> the function of mergekit_act that completes it
+# mergekit module -> our module, and the function in it that completes mergekit's. The methods register themselves when
+# theirs is imported, which may be what imports mergekit in the first place.
 _COMPLETIONS = {
-    "mergekit.merge_methods": ("mergekit_act.merging", "register_methods"),
+    "mergekit.merge_methods": ("mergekit_act.merging", None),
     "mergekit.merge": ("mergekit_act.checking", "wrap_merge"),
     "mergekit.plan": ("mergekit_act.checking", "wrap_planner"),
     "mergekit.scripts.merge_raw_pytorch": ("mergekit_act.checking", "wrap_flat_planner"),
@@ -60,7 +61,9 @@ def _complete(name: str) -> None:
     try:
         import importlib
 
-        getattr(importlib.import_module(home), function)()
+        module = importlib.import_module(home)
+        if function is not None:
+            getattr(module, function)()
     except Exception as error:
         _warn(f"mergekit-act could not add its merge methods to {name}: {error!r}")
 

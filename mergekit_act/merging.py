@@ -76,12 +76,6 @@ class MaskFiles:
         return TensorSelection(slices, vocabulary_axis) if slices else None
 
 
-def register_methods() -> None:
-    """Make ``act`` known to mergekit, once."""
-    if not any(is_ours(method.spec.name) for method in registered_methods()):
-        register(act_merge)
-
-
 def is_ours(method_name: str) -> bool:
     """Whether a merge method's name is one of ours."""
     return method_name == METHOD
@@ -258,3 +252,12 @@ def _pairs(artifact: Mask | Profile) -> list[tuple[str | None, str | None]]:
         ((source.get("target") or {}).get("fingerprint"), (source.get("ability_model") or {}).get("fingerprint"))
         for source in artifact.sources
     ]
+
+
+def register_methods() -> None:
+    """Make ``act`` known to mergekit, once."""
+    if not any(is_ours(method.spec.name) for method in registered_methods()):
+        register(act_merge)
+
+
+register_methods()

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 VOCABULARY = 128
 SIZES = {
@@ -80,14 +79,16 @@ def tiny_config(name: str, **changes: Any) -> Any:
 
 
 def make_tokenizer(*, template: bool = True) -> Any:
-    """One token per ASCII character; a turn ends with <|im_end|> and a newline, as Qwen's do."""
-    symbols = ["<pad>", "<|im_start|>", "<|im_end|>", "\n", *map(chr, range(32, 127)), "<|endoftext|>"]
-    backend = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    """One token per ASCII character; a turn ends with <|im_end|> and a newline, as Qwen's do.
+
+    It is Qwen2's kind of tokenizer: Transformers takes that class for a qwen2 folder, whatever was saved there.
+    """
+    symbols = ["<pad>", "<|im_start|>", "<|im_end|>", "Ċ", "Ġ", *map(chr, range(33, 127))]
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab={symbol: i for i, symbol in enumerate(symbols)},
+        merges=[],
         pad_token="<pad>",
+        unk_token="<pad>",
         eos_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>"],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -29,6 +30,12 @@ def test_the_switch_turns_the_hook_off():
     code = "import sys; print(any('_Finder' in type(f).__name__ for f in sys.meta_path))"
     assert run(sys.executable, "-c", code).stdout == "True\n"
     assert run(sys.executable, "-c", code, MERGEKIT_ACT_AUTOLOAD="0").stdout == "False\n"
+
+
+def test_importing_our_side_first_registers_too():
+    code = "import mergekit_act.merging, mergekit.merge_methods as m; print(m.get('act').spec.pretty_name)"
+    done = run(sys.executable, "-W", "error", "-c", code)
+    assert done.stdout == "ACT\n", done.stderr
 
 
 def test_a_failure_becomes_one_warning():
@@ -85,6 +92,25 @@ def test_mergekit_act_merge_needs_no_hook(merge_inputs):
     check(root / "out2", merge_inputs)
 
 
+def test_mergekit_multi_knows_act(merge_inputs, tmp_path):
+    """Two steps: act, then a copy of its result."""
+    root = merge_inputs[0]
+    first = (root / "config.yml").read_text() + "name: step\n"
+    second = "merge_method: passthrough\nmodels:\n  - model: step\n"
+    (tmp_path / "c.yml").write_text(f"{first}---\n{second}")
+    command = [str(tmp_path / "c.yml"), "-I", str(tmp_path / "steps"), "--out-path", str(tmp_path / "out")]
+    done = run(str(SCRIPTS / "mergekit-multi"), *command)
+    assert done.returncode == 0, done.stderr
+    check(tmp_path / "steps" / "step", merge_inputs)
+    check(tmp_path / "out", merge_inputs)
+
+
+def test_the_hook_is_part_of_the_installed_package():
+    """So that uninstalling takes it away."""
+    files = [str(path) for path in importlib.metadata.files("mergekit-act") or ()]
+    assert "mergekit_act.pth" in files
+
+
 def test_a_refused_merge_is_one_sentence_and_exit_code_1(merge_inputs, tmp_path):
     _, target, ability = merge_inputs
     config = act_config(target, (ability, {"weight": 0.4, "mask": "gone.safetensors"}))
@@ -92,5 +118,5 @@ def test_a_refused_merge_is_one_sentence_and_exit_code_1(merge_inputs, tmp_path)
     done = run(str(SCRIPTS / "mergekit-yaml"), str(tmp_path / "c.yml"), str(tmp_path / "out"), "--quiet")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f'Error: {ability}: mask "gone.safetensors" does not exist')
+    assert done.stderr.splitlines()[-1].startswith('Error: mask "gone.safetensors" does not exist')
     assert not (tmp_path / "out").exists()

@@ -388,6 +388,15 @@ def test_mask_of_another_model(good, pair_of, tmp_path):
     assert 'no output tensor matches module "transformer.h.0.attn.c_attn"' in message
 
 
+def test_models_of_different_architecture(good, pair_of, tmp_path):
+    target, _, parameters = good
+    llama = pair_of("llama")[1]
+    message = refusal(act_config(target, (llama, parameters)), tmp_path / "out")
+    assert "the models differ in architecture: " in message
+    assert f"{llama} is LlamaForCausalLM" in message
+    assert f"{target} is Qwen2ForCausalLM; ACT needs models of one backbone" in message
+
+
 def test_tied_target_and_untied_ability_model(pair_of, tmp_path):
     target, ability = pair_of("qwen2-tied")[0], pair_of("qwen2")[1]
     random_mask(*pair_of("qwen2-tied"), tmp_path / "m.safetensors")

@@ -187,11 +187,14 @@ def _tokenise(
     encoded = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True)
     if tokenizers.ability_model is not None:
         _compare_ids(name, tokenizer, encoded["input_ids"], tokenizers.ability_model, texts, special)
-    samples = []
+    samples: list[Sample] = []
     for rendering, ids, offsets in zip(renderings, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         if special and ids and ids[-1] == tokenizer.eos_token_id:
             ids, offsets = ids[:-1], offsets[:-1]  # a tokenizer that ends sequences itself
         answer = [start >= rendering.answer_start for start, _ in offsets]
+        # A tokenizer that does not know a character may leave it out without a word.
+        if not any(answer) and rendering.text[rendering.answer_start : rendering.end_of_turn].strip():
+            raise ValueError(f'ability "{name}": the tokenizer makes no tokens of the answer of sample {len(samples)}')
         if special:
             ids, answer = [*ids, tokenizer.eos_token_id], [*answer, True]
         else:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from mergekit_act.demo.tasks import LANGUAGES, Row
 
@@ -24,15 +24,16 @@ _BATCH = 256
 
 
 def build_tokenizer() -> Any:
-    """One token per character, with a chat template."""
-    symbols = [*_SPECIAL, *"+?!", *(digit for digits in LANGUAGES.values() for digit in digits)]
-    vocabulary = {symbol: place for place, symbol in enumerate(symbols)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|pad|>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    """Qwen2's own kind of tokenizer, with one token per digit, and a chat template."""
+    digits = [*"+?!", *(digit for digits in LANGUAGES.values() for digit in digits)]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spelled = [to_bytes.pre_tokenize_str(digit)[0][0] for digit in digits]
+    symbols = dict.fromkeys([*_SPECIAL, *"".join(spelled), *spelled])
+    return Qwen2Tokenizer(
+        vocab={symbol: place for place, symbol in enumerate(symbols)},
+        merges=[tuple(letters) for letters in spelled if len(letters) == 2],
         pad_token="<|pad|>",
+        unk_token="<|pad|>",
         eos_token="<|end|>",
         additional_special_tokens=list(_SPECIAL[2:]),
         chat_template=_TEMPLATE,
