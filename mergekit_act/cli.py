@@ -99,7 +99,7 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="In which the models run.  [default: bfloat16 where the device has matrix units for it, else float32]",
+    help="In which the models run.  [default: bfloat16 where the device multiplies it natively, else float32]",
 )
 @click.option(
     "--batch-tokens",

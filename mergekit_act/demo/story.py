@@ -111,7 +111,7 @@ def _run_commands(out_dir: Path, echo: Echo) -> None:
     """Profile, mask and merge with the commands of a user, in ``out_dir``."""
     act = [sys.executable, "-m", "mergekit_act"]
     profiles = [f"profiles/{name}.safetensors" for name in RECOVERED]
-    _run(out_dir, echo, [*act, "profile", "abilities.yml", "profiles"])
+    _run(out_dir, echo, [*act, "profile", "abilities.yml", "profiles", "--dtype", "float32"])
     mask = ["mask", *profiles, "-o", "masks/act.safetensors", "--density", str(DENSITY)]
     _run(out_dir, echo, [*act, *mask])
     counts = load_mask(out_dir / "masks" / "act.safetensors").counts

@@ -31,12 +31,13 @@ def default_device() -> str:
 
 
 def default_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the device has matrix units for it, else float32: by capability, so runs can be repeated."""
+    """bfloat16 where the device multiplies it natively, else float32: by capability, so runs can be repeated."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if kind == "cpu":
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
     return torch.float32
 
 
@@ -55,7 +56,7 @@ def profile_pair(
         pair: the models.
         abilities: their samples.
         device: where the models run; None takes the accelerator if there is one.
-        dtype: in which they run; None takes bfloat16 where the device has matrix units for it, else float32.
+        dtype: in which they run; None takes bfloat16 where the device multiplies it natively, else float32.
         batch_tokens: tokens in a micro-batch, padding included.
         quiet: show no progress.
 
