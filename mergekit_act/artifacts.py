@@ -5,11 +5,8 @@ Both are safetensors files with one metadata key, ``mergekit_act``, whose JSON s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,19 +20,17 @@ from torch import Tensor
 
 from mergekit_act import __version__
 from mergekit_act.channels import Layout
+from mergekit_act.files import write_atomically
 
 __all__ = [
     "ArtifactError",
     "Mask",
     "Profile",
-    "check_free",
-    "file_hash",
     "load_artifact",
     "load_mask",
     "load_profile",
     "save_mask",
     "save_profile",
-    "write_atomically",
 ]
 
 FORMAT_VERSION = 1
@@ -172,44 +167,6 @@ def load_artifact(path: str | Path) -> Profile | Mask:
     profile = Profile(scores=tensors, layout=layout, **known)
     _check(_profile_problems(profile), path)
     return profile
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_free(paths: Iterable[str | Path], *, overwrite: bool) -> None:
-    """Raise FileExistsError if an output file exists, before any work is done for it."""
-    taken = [str(path) for path in paths if Path(path).exists()]
-    if taken and not overwrite:
-        verb = "exists" if len(taken) == 1 else "exist"
-        raise FileExistsError(f"{', '.join(taken)} {verb}. Choose another name or say --overwrite.")
-
-
-def write_atomically(path: str | Path, content: bytes, *, overwrite: bool = False) -> None:
-    """Write a file so that no one ever sees half of it: temporary file beside it, fsync, rename.
-
-    Raises:
-        FileExistsError: the file exists and ``overwrite`` is false.
-    """
-    path = Path(path)
-    check_free([path], overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _save(

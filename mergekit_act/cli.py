@@ -143,7 +143,8 @@ def mask(
     profiles: tuple[Path, ...], out: Path, density: float, exclude: tuple[str, ...], overwrite: bool, quiet: bool
 ) -> None:
     """Select the top channels of each PROFILE and write the union as a mask."""
-    from mergekit_act.artifacts import check_free, file_hash, load_profile, save_mask
+    from mergekit_act.artifacts import load_profile, save_mask
+    from mergekit_act.files import check_free, file_hash
     from mergekit_act.report import list_mask
     from mergekit_act.selection import make_mask
 

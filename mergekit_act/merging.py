@@ -149,8 +149,8 @@ def transfer(base: Tensor, contributions: Sequence[tuple[Tensor, float, TensorSe
     if not any(chosen.any() for _, _, selection in contributions for chosen in selection.slices.values()):
         return base
     merged = base.clone()
-    # Columns before rows: a cell that is in both is computed with all of its contributions in either pass.
-    for axis in sorted(axes, reverse=True):
+    # A cell that is selected along two axes is computed in both passes, with all of its contributions in either.
+    for axis in sorted(axes):
         _transfer_along(axis, base, merged, contributions)
     return merged
 

@@ -79,7 +79,9 @@ def plain_merge(
                     names = mask.layout.tied_names(owned) if tied else (owned,)
                     if name in names:
                         shape = [1] * base.ndim
-                        shape[axis] = -1
+                        shape[axis] = chosen.shape[-1]
+                        if chosen.ndim == 2:  # [experts, channels]
+                            shape[0] = len(chosen)
                         cells |= chosen.reshape(shape).expand(base.shape)
             change += torch.where(cells, weight * (state[name].float() - base.float()), torch.zeros(()))
             touched |= cells

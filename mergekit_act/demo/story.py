@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from mergekit_act.artifacts import check_free, load_mask
+from mergekit_act.artifacts import load_mask
 from mergekit_act.demo.tasks import DOMAINS, LANGUAGES, Row, all_rows
 from mergekit_act.demo.training import build_model, build_tokenizer, exact_match, train
 from mergekit_act.report import table
@@ -44,7 +44,7 @@ def run_demo(out_dir: Path, *, echo: Echo) -> None:
     """
     started = time.monotonic()
     if out_dir.is_dir() and any(out_dir.iterdir()):
-        check_free([out_dir], overwrite=False)
+        raise FileExistsError(f"{out_dir} has files in it; name a folder that is empty or does not exist")
     out_dir.mkdir(parents=True, exist_ok=True)
     rows = all_rows()
     tokenizer = build_tokenizer()

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers, collect_samples
-from mergekit_act.artifacts import check_free, save_profile
+from mergekit_act.artifacts import save_profile
+from mergekit_act.files import check_free
 from mergekit_act.profiling.controls import profile_without_data
 from mergekit_act.profiling.pair import open_pair
 from mergekit_act.profiling.profiler import profile_pair

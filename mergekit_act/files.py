@@ -1,0 +1,49 @@
+"""Files on disk: written whole or not at all, never over another without being told."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = ["check_free", "file_hash", "write_atomically"]
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_free(paths: Iterable[str | Path], *, overwrite: bool) -> None:
+    """Raise FileExistsError if an output file exists, before any work is done for it."""
+    taken = [str(path) for path in paths if Path(path).exists()]
+    if taken and not overwrite:
+        verb = "exists" if len(taken) == 1 else "exist"
+        raise FileExistsError(f"{', '.join(taken)} {verb}. Choose another name or say --overwrite.")
+
+
+def write_atomically(path: str | Path, content: bytes, *, overwrite: bool = False) -> None:
+    """Write a file so that no one ever sees half of it: temporary file beside it, fsync, rename.
+
+    Raises:
+        FileExistsError: the file exists and ``overwrite`` is false.
+    """
+    path = Path(path)
+    check_free([path], overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
