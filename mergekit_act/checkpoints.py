@@ -173,14 +173,14 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype
         elif tensor.shape != parameter.shape:
             problems.append(f'"{name}" is {list(tensor.shape)}, the config says {list(parameter.shape)}')
         else:
-            state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+            state[name] = tensor.to(device=device, dtype=dtype)
     if problems:
         shown = "; ".join(sorted(problems)[:10])
         raise ValueError(f"{checkpoint.reference} does not fit its config: {shown} ({len(problems)} in all)")
     # Buffers in the checkpoint (rare since Transformers 5) replace the skeleton's; the others stay as built.
     for name, buffer in model.named_buffers():
         if name in checkpoint.loader.index.tensor_paths:
-            state[name] = checkpoint.loader.get_tensor(name).to(device=device, dtype=buffer.dtype, copy=True)
+            state[name] = checkpoint.loader.get_tensor(name).to(device=device, dtype=buffer.dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
     model.to(device)

@@ -47,6 +47,7 @@ def mask() -> Mask:
 def test_profile_round_trip(tmp_path):
     save_profile(profile(), tmp_path / "new" / "p.safetensors")
     loaded = load_profile(tmp_path / "new" / "p.safetensors")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["p.safetensors"]  # no temporary file
     assert list(loaded.scores) == ["b.linear", "a.norm"]  # the layout's order, not safetensors'
     assert loaded.scores["a.norm"].tolist() == [0.5, 0.0, 2.5]
     assert loaded.layout == LAYOUT
