@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -158,12 +158,16 @@ def load_artifact(path: str | Path) -> Profile | Mask:
     kind = metadata["kind"]
     known = {name: metadata[name] for name in _PROVENANCE[kind] if name in metadata}
     if kind == "mask":
-        known["sources"] = tuple(known.get("sources", ()))
+        sources = known.get("sources", [])
+        if not (isinstance(sources, list) and all(isinstance(source, dict) for source in sources)):
+            raise _invalid(path, 'its "sources" are no list of objects')
+        known["sources"] = tuple(sources)
         mask = Mask(channels=tensors, layout=layout, **known)
         _check(_mask_problems(mask), path)
         return mask
-    missing = [name for name in ("criterion", "ability", "target", "ability_model") if name not in known]
-    _check([f'its metadata lacks "{name}"' for name in missing], path)
+    kinds = {"criterion": str, "ability": str, "target": dict, "ability_model": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(known.get(name), kind)]
+    _check([f'its metadata lacks "{name}"' for name in wrong], path)
     profile = Profile(scores=tensors, layout=layout, **known)
     _check(_profile_problems(profile), path)
     return profile
@@ -196,6 +200,8 @@ def _save(
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder; name the files in it, such as {path}/*.safetensors")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist. mergekit-act profile and mergekit-act mask write such files.")
     try:
@@ -230,13 +236,19 @@ def _layout_from(metadata: Mapping[str, Any], path: Path) -> Layout:
             for module in metadata["modules"]
         }
         shapes = metadata.get("shapes")
-        return Layout(
+        layout = Layout(
             parameters=owners,
-            tied=tuple(tuple(group) for group in metadata["tied"]),
-            shapes=None if shapes is None else {name: tuple(shape) for name, shape in shapes.items()},
+            tied=tuple(tuple(map(str, group)) for group in metadata["tied"]),
+            shapes=None if shapes is None else {name: tuple(map(int, shape)) for name, shape in shapes.items()},
         )
-    except (KeyError, TypeError, ValueError) as error:
-        _refuse(path, f'its metadata does not describe its modules ("modules", "parameters", "tied"): {error!r}')
+        if shapes is not None:
+            layout.channel_count()  # every shape is there and has the axis
+        if any(axis not in (0, 1, 2) for owned in owners.values() for _, axis in owned):
+            raise ValueError("a channel axis is none of 0, 1, 2")
+        return layout
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        why = f'its metadata does not describe its modules ("modules", "parameters", "tied", "shapes"): {error!r}'
+        raise _invalid(path, why) from error
 
 
 def _profile_problems(profile: Profile) -> list[str]:
@@ -276,8 +288,8 @@ def _check(problems: list[str], path: str | Path) -> None:
     if problems:
         shown = "; ".join(sorted(problems)[:10])
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        _refuse(path, shown + more)
+        raise _invalid(path, shown + more)
 
 
-def _refuse(path: str | Path, why: str) -> NoReturn:
-    raise ArtifactError(f"{path} is not a valid file of mergekit-act: {why}. Make it again.")
+def _invalid(path: str | Path, why: str) -> ArtifactError:
+    return ArtifactError(f"{path} is not a valid file of mergekit-act: {why}. Make it again.")

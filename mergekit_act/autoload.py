@@ -65,7 +65,10 @@ def _complete(name: str) -> None:
         if function is not None:
             getattr(module, function)()
     except Exception as error:
-        _warn(f"mergekit-act could not add its merge methods to {name}: {error!r}")
+        _warn(f"mergekit-act could not complete {name}: {error!r}")
+        if function is not None and "mergekit_act.merging" in sys.modules:
+            # Without the planners' checks the methods must not run.
+            sys.modules["mergekit_act.merging"].refuse_to_run(f"{name} could not be completed ({error!r})")
 
 
 def _warn(message: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
@@ -70,6 +71,11 @@ class Layout:
         """All names of the matrix that this parameter is, itself included."""
         return next((group for group in self.tied if name in group), (name,))
 
+    def fits(self, other: Layout) -> bool:
+        """Whether another layout has the same modules, and the same shapes as far as both are known."""
+        shapes = self.shapes is None or other.shapes is None or dict(self.shapes) == dict(other.shapes)
+        return shapes and list(self.parameters.items()) == list(other.parameters.items()) and self.tied == other.tied
+
     def differences(self, other: Layout, *, ignore_vocabulary: Sequence[str] = ()) -> list[str]:
         """Say, a sentence each, where another layout has other modules or shapes.
 
@@ -116,12 +122,13 @@ def channel_layout(config: Any, *, trust_remote_code: bool = False) -> Layout:
     return layout_of_model(build_skeleton(config, trust_remote_code=trust_remote_code))
 
 
-def build_skeleton(config: Any, *, dtype: Any = None, trust_remote_code: bool = False) -> Any:
+def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> Any:
     """A model whose parameters are on the meta device, tied, in eval mode; its buffers (rotary tables) are real.
+
+    It is built in float32, so that buffers are exact whatever dtype its weights come in.
 
     Args:
         config: a Transformers config.
-        dtype: of the parameters; None takes the config's.
         trust_remote_code: allow the model's own code from the Hub.
     """
     # The class that the checkpoint names, where it is a plain Transformers class: a vision-language model is no
@@ -130,9 +137,9 @@ def build_skeleton(config: Any, *, dtype: Any = None, trust_remote_code: bool = 
     model_class = getattr(transformers, architecture, None)
     with init_empty_weights(include_buffers=False), no_init_weights():
         if model_class is not None and hasattr(model_class, "_from_config"):
-            model = model_class._from_config(config, dtype=dtype)
+            model = model_class._from_config(config, dtype=torch.float32)
         else:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.tie_weights()  # no_init_weights suppresses it
     return model.eval()
 

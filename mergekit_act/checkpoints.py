@@ -6,19 +6,22 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.common import ModelReference
-from mergekit.io import LazyTensorLoader
+from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-__all__ = ["Checkpoint", "TensorHeader", "load_weights", "open_checkpoint", "read_config"]
+__all__ = ["Checkpoint", "TensorHeader", "load_weights", "open_checkpoint", "read_config", "read_headers"]
 
 _MIB = 1 << 20
 
@@ -50,18 +53,27 @@ class Checkpoint:
     def loader(self) -> LazyTensorLoader:
         """mergekit's loader for the weight files."""
         try:
-            return LazyTensorLoader.from_disk(str(self.folder), lazy_unpickle=True)
+            index = ShardedTensorIndex.from_disk(str(self.folder))
         except RuntimeError as error:
             raise FileNotFoundError(f"{self.folder} has no model.safetensors or pytorch_model.bin") from error
+        except SafetensorError as error:
+            reason = _one_line(error)
+            raise ValueError(f"{self.folder} has no complete weight file ({reason}); fetch or save it again") from error
+        missing = sorted({file for file in index.tensor_paths.values() if not (self.folder / file).is_file()})
+        if missing:
+            raise FileNotFoundError(f"{self.folder} lacks {', '.join(missing[:10])}, which its index names")
+        # Files of the old pickle format are no archives; only archives can be read tensor by tensor.
+        archives = all(zipfile.is_zipfile(self.folder / file) for file in set(index.tensor_paths.values()))
+        return LazyTensorLoader(index, lazy_unpickle=archives)
 
     @cached_property
     def headers(self) -> Mapping[str, TensorHeader]:
         """Name -> header of every stored tensor. No values are read."""
         paths = self.loader.index.tensor_paths
         return {
-            name: TensorHeader(dtype, shape, file)
+            name: header
             for file in sorted(set(paths.values()))
-            for name, dtype, shape in _read_headers(self.folder / file)
+            for name, header in read_headers(self.folder / file).items()
             if paths.get(name) == file
         }
 
@@ -89,15 +101,18 @@ class Checkpoint:
         snapshot = self.folder.name if self.folder.parent.name == "snapshots" else model.revision
         return {"model": name, "revision": None if local else snapshot, "fingerprint": self.fingerprint}
 
-    def read(self, name: str) -> Tensor | None:
+    def read(self, *names: str) -> Tensor | None:
         """A tensor by its Transformers parameter name, converted if it is stored in an older layout.
+
+        Args:
+            names: the names of one matrix: several if the model ties them, of which a file may hold any.
 
         Returns:
             The tensor, borrowed from the file where that maps memory; None if the checkpoint does not have it.
         """
         # Old checkpoints leave out the base model's prefix ("transformer.wte.weight" is "wte.weight").
-        for candidate in (name, name.partition(".")[2]):
-            if candidate in self.loader.index.tensor_paths:
+        for candidate in (*names, *(name.partition(".")[2] for name in names)):
+            if candidate in self.headers:
                 stored: Tensor = self.loader.get_tensor(candidate)
                 return stored
         sources: dict[str, Callable[[], Tensor]] = {
@@ -106,16 +121,16 @@ class Checkpoint:
         }
         # Transformers keeps its conversions under the class's name or the model type.
         for family in (*(self.config.architectures or ()), self.config.model_type):
-            converted: Tensor | None = convert_checkpoint_tensors(family, sources, name)
-            if converted is not None:
-                return converted
+            for name in names:
+                converted: Tensor | None = convert_checkpoint_tensors(family, sources, name)
+                if converted is not None:
+                    return converted
         return None
 
 
 def open_checkpoint(
     reference: str,
     *,
-    cache_dir: str | None = None,
     lora_merge_cache: str | None = None,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
@@ -134,7 +149,7 @@ def open_checkpoint(
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise ValueError(f"{reference} is quantised ({method}); expected float32, float16 or bfloat16 weights")
     merged = parsed.merged(cache_dir=lora_merge_cache, trust_remote_code=trust_remote_code)
-    return Checkpoint(parsed, Path(merged.local_path(cache_dir)), config)
+    return Checkpoint(parsed, Path(merged.local_path()), config)
 
 
 def read_config(reference: str, *, trust_remote_code: bool = False) -> Any:
@@ -148,8 +163,13 @@ def read_config(reference: str, *, trust_remote_code: bool = False) -> Any:
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json; expected a model folder as save_pretrained writes it")
     if not path.exists() and parsed.model.path.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{path} does not exist; expected a model folder or a Hub id")
-    return parsed.config(trust_remote_code=trust_remote_code)
+        raise FileNotFoundError(
+            f"{parsed.model.path} does not exist (relative to {os.getcwd()}); expected a model folder or a Hub id"
+        )
+    try:
+        return parsed.config(trust_remote_code=trust_remote_code)
+    except OSError as error:  # not on the Hub, or the Hub is out of reach
+        raise FileNotFoundError(f"{reference} has no config that can be loaded: {_one_line(error)}") from error
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str | torch.device) -> None:
@@ -164,10 +184,13 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype
     Raises:
         ValueError: a tensor is missing or of another shape; all are listed.
     """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     state: dict[str, Tensor] = {}
     problems = []
     for name, parameter in model.named_parameters():  # tied parameters once
-        tensor = checkpoint.read(name)
+        tensor = checkpoint.read(*names[id(parameter)])
         if tensor is None:
             problems.append(f'"{name}" is missing')
         elif tensor.shape != parameter.shape:
@@ -186,14 +209,37 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype
     model.to(device)
 
 
-def _read_headers(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    if path.suffix == ".safetensors":
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                yield name, entry["dtype"], tuple(entry["shape"])
-    else:
-        for name, tensor in torch.load(path, map_location="meta", weights_only=True, mmap=True).items():
-            yield name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+def read_headers(path: Path) -> dict[str, TensorHeader]:
+    """Name -> header of every tensor in a weight file, safetensors or pickle; no values are read.
+
+    Raises:
+        ValueError: the file is truncated or holds something else than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors_header(path)
+        state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return {
+            name: TensorHeader(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), path.name)
+            for name, tensor in state.items()
+        }
+    except (struct.error, ValueError, KeyError, AttributeError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is not a complete weight file ({_one_line(error)}); fetch or save it again"
+        ) from error
+
+
+def _read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        size = file.seek(0, os.SEEK_END)
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if end != size:
+        raise ValueError(f"{size} bytes, its header says {end}")
+    return {name: TensorHeader(entry["dtype"], tuple(entry["shape"]), path.name) for name, entry in entries.items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -72,7 +72,9 @@ def main() -> None:
 @_trust
 @_common
 def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
-    """List the channels of MODEL by module kind, from its config alone.
+    """List channels by module kind.
+
+    Needs only the config of MODEL, not its weights.
 
     MODEL is a local folder or a Hub id (user/repo@revision).
     """
@@ -114,7 +116,9 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
 @_overwrite
 @_common
 def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **options: Any) -> None:
-    """Score every channel of a pair: one profile per ability of ABILITIES.yml in OUT_DIR.
+    """Score every channel of a pair.
+
+    Writes one profile per ability of ABILITIES.yml to OUT_DIR.
 
     The two models must fit in the device's memory together.
     """
@@ -134,15 +138,23 @@ def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **
     required=True,
     type=float,
     metavar="P",
-    help="Fraction of the channels that each profile keeps: 0.01 for the top 1 %.",
+    help="Fraction of the channels that take part which each profile keeps: 0.01 for the top 1 %.",
 )
-@click.option("--exclude", metavar="MODULE-GLOB", multiple=True, help="Leave modules out, such as lm_head. Repeatable.")
+@click.option(
+    "--exclude",
+    metavar="MODULE-GLOB",
+    multiple=True,
+    help="Leave modules out, in the ranking and in the count, such as lm_head. Repeatable.",
+)
 @_overwrite
 @_common
 def mask(
     profiles: tuple[Path, ...], out: Path, density: float, exclude: tuple[str, ...], overwrite: bool, quiet: bool
 ) -> None:
-    """Select the top channels of each PROFILE and write the union as a mask."""
+    """Select the top channels of profiles.
+
+    Keeps the top channels of each PROFILE and writes their union as a mask.
+    """
     from mergekit_act.artifacts import load_profile, save_mask
     from mergekit_act.files import check_free, file_hash
     from mergekit_act.report import list_mask
@@ -179,10 +191,11 @@ def merge(arguments: tuple[str, ...]) -> None:
 @click.argument("out_dir", metavar="OUT_DIR", type=click.Path(path_type=Path, file_okay=False))
 @_common
 def demo(out_dir: Path, quiet: bool) -> None:
-    """Train tiny models, let one forget, and bring the forgotten ability back with ACT.
+    """Run the whole path on tiny models.
 
-    Needs no downloads and about five minutes on two CPU cores; all files stay in OUT_DIR.
+    Trains them, lets one forget, and brings the forgotten ability back with ACT.
+    Needs no downloads and three to five minutes on two CPU cores; all files stay in OUT_DIR.
     """
     from mergekit_act.demo import run_demo
 
-    run_demo(out_dir, echo=click.echo)
+    run_demo(out_dir, echo=click.echo, quiet=quiet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from mergekit.merge_methods.registry import register, registered_methods
 from pydantic import Field
 from torch import Tensor
 
+from mergekit_act import autoload
 from mergekit_act.artifacts import Mask, Profile, load_artifact
 from mergekit_act.channels import Layout
 from mergekit_act.selection import select_channels, unite, validate_density
@@ -24,6 +26,7 @@ from mergekit_act.selection import select_channels, unite, validate_density
 __all__ = [
     "MaskFiles",
     "TensorSelection",
+    "channels_along",
     "find_mask_files",
     "is_ours",
     "load_mask_files",
@@ -33,6 +36,8 @@ __all__ = [
 ]
 
 METHOD = "act"
+LOG = logging.getLogger(__name__)
+
 PAPER = "https://arxiv.org/abs/2601.09398"
 
 
@@ -49,12 +54,25 @@ class TensorSelection:
     slices: Mapping[int, Tensor]
     vocabulary_axis: int | None = None
 
-    def fitted(self, shape: Sequence[int]) -> TensorSelection:
-        """The same selection without the vocabulary rows that the tensor does not have."""
+    def fitted(self, name: str | None, shape: Sequence[int]) -> TensorSelection:
+        """The same selection without the vocabulary rows that the tensor does not have, which is told.
+
+        Raises:
+            ValueError: the tensor has other channels than the mask.
+        """
+        slices = dict(self.slices)
         axis = self.vocabulary_axis
-        if axis is None or axis not in self.slices or len(self.slices[axis]) <= shape[axis]:
-            return self
-        return TensorSelection({**self.slices, axis: self.slices[axis][: shape[axis]]})
+        if axis in slices and len(slices[axis]) > shape[axis]:
+            lost = int(slices[axis][shape[axis] :].sum())
+            LOG.warning('"%s" has %d rows: %d selected rows behind them are dropped', name, shape[axis], lost)
+            slices[axis] = slices[axis][: shape[axis]]
+        for its_axis, chosen in slices.items():
+            if its_axis >= len(shape) or tuple(chosen.shape) != channels_along(its_axis, shape, chosen.ndim):
+                raise ValueError(
+                    f'the mask has {list(chosen.shape)} channels for "{name}"; the tensor is {list(shape)} (axis '
+                    f"{its_axis}). Profile this pair again with mergekit-act profile"
+                )
+        return TensorSelection(slices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +120,7 @@ def refuse_to_run(reason: str) -> None:
 )
 def act_merge(
     group: TensorGroup,
-    weight: PerNonBase[Annotated[float, Field(allow_inf_nan=False)]],
+    weight: PerNonBase[Annotated[float, Field(allow_inf_nan=False)] | None] = None,
     mask: PerNonBase[str | None] = None,
     mask_density: PerNonBase[float | None] = None,
 ) -> Tensor:
@@ -110,9 +128,10 @@ def act_merge(
 
     Args:
         group: borrowed tensors of one shape and dtype, the base being the target's.
-        weight: factor on each ability model's task vector.
+        weight: factor on each ability model's task vector; required.
         mask: for each ability model the files of its masks. The planner seam has replaced them by what they select
-            of this very tensor (``TensorSelection``); in-memory merges pass the setting itself.
+            of this very tensor (``TensorSelection``). In-memory merges pass the setting itself; there the names that
+            the mask's own model ties are taken for one matrix.
         mask_density: for profiles, the fraction of channels that each keeps.
 
     Returns:
@@ -124,12 +143,15 @@ def act_merge(
     contributions = []
     for entry in group.non_base:
         setting: object = mask[entry.id]
+        factor = weight[entry.id]
+        if factor is None:
+            raise ValueError(f'{entry.id} has no "weight", the factor on its changes')
         if isinstance(setting, str):
             files = load_mask_files(setting, mask_density[entry.id])
             names = files.layout.tied_names(group.metadata.name or "")
             setting = files.selection(names, group.metadata.vocabulary_axis)
-        if isinstance(setting, TensorSelection) and weight[entry.id] != 0:
-            contributions.append((entry.tensor, weight[entry.id], setting.fitted(base.shape)))
+        if isinstance(setting, TensorSelection) and factor != 0:
+            contributions.append((entry.tensor, factor, setting.fitted(group.metadata.name, base.shape)))
     return transfer(base, contributions)
 
 
@@ -187,6 +209,11 @@ def _leading(tensor: Tensor, axis: int, chosen: Tensor) -> Tensor:
     return tensor.movedim(axis, chosen.ndim - 1)
 
 
+def channels_along(axis: int, shape: Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """Shape that a mask of so many dimensions has for a tensor: ``[channels]``, or ``[experts, channels]``."""
+    return (shape[axis],) if dimensions == 1 else (shape[0], shape[axis])
+
+
 def find_mask_files(setting: str) -> tuple[Path, ...]:
     """The files that a ``mask`` setting names: paths or globs, separated by commas.
 
@@ -195,10 +222,13 @@ def find_mask_files(setting: str) -> tuple[Path, ...]:
     """
     found: dict[Path, None] = {}
     for part in (piece.strip() for piece in setting.split(",")):
-        matches = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
+        is_glob = glob.has_magic(part) and not Path(part).exists()
+        matches = sorted(glob.glob(part, recursive=True)) if is_glob else [part]
         files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
-            what = "matches no file" if glob.has_magic(part) else "does not exist"
+            if Path(part).is_dir():
+                raise FileNotFoundError(f'mask "{part}" is a folder; write "{part}/*.safetensors" for all in it')
+            what = "matches no file" if is_glob else "does not exist"
             raise FileNotFoundError(f'mask "{part}" {what} (relative to {Path.cwd()})')
         found.update(dict.fromkeys(files))
     return tuple(found)
@@ -238,10 +268,13 @@ def _load_mask_files(files: tuple[Path, ...], _states: tuple[tuple[int, int], ..
             selections.append(dict(artifact.channels))
     layout = artifacts[0].layout
     for path, artifact in zip(files[1:], artifacts[1:], strict=True):
-        if dict(artifact.layout.parameters) != dict(layout.parameters):
+        if not layout.fits(artifact.layout):
             raise ValueError(f"{files[0]} and {path} are of models with different modules; a mask is for one model")
     pairs = tuple(pair for artifact in artifacts for pair in _pairs(artifact))
-    return MaskFiles(unite(selections), layout, files, pairs)
+    union = unite(selections)
+    if not union:
+        LOG.warning("%s selects no channels: nothing will be transferred", ", ".join(map(str, files)))
+    return MaskFiles(union, layout, files, pairs)
 
 
 def _pairs(artifact: Mask | Profile) -> list[tuple[str | None, str | None]]:
@@ -261,3 +294,4 @@ def register_methods() -> None:
 
 
 register_methods()
+autoload.install()  # no merge without the planners' checks, however this module came to be imported

@@ -165,7 +165,7 @@ def make_mask(
     """
     layout = profiles[0].layout
     for other in profiles[1:]:
-        if dict(other.layout.parameters) != dict(layout.parameters) or other.layout.tied != layout.tied:
+        if not layout.fits(other.layout):
             raise ValueError(
                 f'the profiles of "{profiles[0].ability}" and "{other.ability}" are of models with different modules; '
                 "a mask is for one model"

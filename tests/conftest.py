@@ -43,7 +43,7 @@ GPT2_SIZES = {
 
 
 def tiny_config(name: str, **changes: Any) -> Any:
-    """A config of two small layers; the name is one of DESIGN's architectures, qwen2 also as qwen2-tied."""
+    """A config of two small layers; the name is an architecture's; qwen2 also as qwen2-tied."""
     heads = {"head_dim": 8}
     makers: dict[str, Callable[[], Any]] = {
         "qwen2": lambda: transformers.Qwen2Config(**SIZES | {"tie_word_embeddings": False} | changes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers, collect_samples, load_abilities
 from mergekit_act.abilities.rows import load_rows, select_rows
@@ -120,7 +122,7 @@ def test_long_prompts_are_cut_from_the_left_and_long_answers_dropped(tokenizers,
 def test_where_shuffle_offset_samples(sums_file):
     file = {"dataset": str(sums_file), "prompt": "q", "answer": "a", "where": {"kind": "even"}, "seed": 3}
     ability = AbilitiesFile(target="t", ability_model="a", abilities={"x": file}).abilities["x"]
-    rows = load_rows("x", ability, "train")
+    rows = load_rows("x", ability)
     everything, short = select_rows("x", ability, rows, offset=0, samples=100)
     assert set(everything["kind"]) == {"even"}
     assert short == 100 - len(everything)
@@ -133,7 +135,7 @@ def test_where_shuffle_offset_samples(sums_file):
 def test_balance_takes_equal_numbers(sums_file):
     file = {"dataset": str(sums_file), "prompt": "q", "answer": "a", "balance": "kind", "seed": 1}
     ability = AbilitiesFile(target="t", ability_model="a", abilities={"x": file}).abilities["x"]
-    rows = load_rows("x", ability, "train")
+    rows = load_rows("x", ability)
     first, _ = select_rows("x", ability, rows, offset=0, samples=8)
     second, _ = select_rows("x", ability, rows, offset=8, samples=8)
     assert Counter(first["kind"]) == Counter(second["kind"]) == {"even": 4, "odd": 4}
@@ -156,6 +158,51 @@ def test_local_formats(tokenizers, tmp_path, suffix):
         {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](path)
     collected = collect(tokenizers, {"dataset": str(path), "prompt": "q", "answer": "a"})
     assert sorted(answers(collected, tokenizers.target)) == ["2<|im_end|>", "3<|im_end|>"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_texts_stay_as_they_are_written(tokenizers, tmp_path, suffix):
+    """Loaders like to make dates and numbers of texts that look like them."""
+    written = ["2009-01-05", "007", "1.50", "NA", "true", "2009-01-05T00:00:00Z"]
+    path = tmp_path / f"d.{suffix}"
+    if suffix == "csv":
+        path.write_text("q,a\n" + "".join(f"x,{answer}\n" for answer in written))
+    else:
+        write_rows(path, [{"q": "x", "a": answer} for answer in written])
+    collected = collect(tokenizers, {"dataset": str(path), "prompt": "q", "answer": "a"})
+    assert sorted(answers(collected, tokenizers.target)) == sorted(f"{answer}<|im_end|>" for answer in written)
+
+
+def test_dates_in_messages_stay_texts(tokenizers, tmp_path):
+    turns = [{"role": "user", "content": "2001-02-03"}, {"role": "assistant", "content": "2009-01-05"}]
+    data = write_rows(tmp_path / "d.jsonl", [{"messages": turns}])
+    assert answers(collect(tokenizers, {"dataset": str(data)}), tokenizers.target) == ["2009-01-05<|im_end|>"]
+
+
+def test_white_space_belongs_to_the_token_it_is_part_of(tokenizers, tmp_path):
+    """With trim_offsets a tokenizer reports tokens without the white space in front of them."""
+    backend = tokenizers.target.backend_tokenizer
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizers.target.chat_template = tokenizers.target.chat_template.replace("assistant\n", "assistant: ").replace(
+        "{{ m['role'] }}\n", "{{ m['role'] }}{{ ': ' if m['role'] == 'assistant' else '\n' }}"
+    )
+    data = write_rows(tmp_path / "d.jsonl", [{"q": "1+1", "a": "2"}])
+    collected = collect(tokenizers, {"dataset": str(data), "prompt": "q", "answer": "a"})
+    assert answers(collected, tokenizers.target) == ["2<|im_end|>"]
+
+
+def test_json_may_be_a_list_or_lines_or_compressed(tokenizers, tmp_path):
+    rows = [{"q": "1", "a": "2009-01-05"}, {"q": "2", "a": "x", "more": 1}]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    write_rows(tmp_path / "lines.json", rows)
+    with gzip.open(tmp_path / "packed.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    for path in tmp_path.iterdir():
+        collected = collect(tokenizers, {"dataset": str(path), "prompt": "q", "answer": "a"})
+        assert sorted(answers(collected, tokenizers.target)) == ["2009-01-05<|im_end|>", "x<|im_end|>"]
+    (tmp_path / "bad.json").write_text("3")
+    message = refusal(tokenizers, {"dataset": str(tmp_path / "bad.json"), "prompt": "q", "answer": "a"})
+    assert "expected a list of objects, or one object per line" in message
 
 
 def test_a_folder_is_a_data_set(tokenizers, tmp_path):
@@ -214,6 +261,38 @@ def test_data_that_is_not_there(tokenizers, sums_file, tmp_path):
     )
     message = refusal(tokenizers, {"dataset": str(sums_file)})
     assert 'has neither a "messages" column nor "input_ids" and "labels"; give prompt and answer' in message
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"from": "human", "value": "hi"}]}, 'sample 0 has no list of turns with "role" and "content"'),
+        ({"messages": "hi"}, 'sample 0 has no list of turns with "role" and "content"'),
+        ({"messages": [{"role": "user", "content": "hi"}]}, 'sample 0 has no assistant turn in "messages"'),
+        ({"input_ids": [3.5], "labels": [3]}, 'sample 0 has no list of whole numbers in "input_ids"'),
+        ({"input_ids": None, "labels": [3]}, 'sample 0 has no list of whole numbers in "input_ids"'),
+        ({"input_ids": [3, 4], "labels": [3]}, "sample 0 has 2 input_ids and 1 labels"),
+    ],
+)
+def test_rows_of_another_form(tokenizers, tmp_path, row, message):
+    data = write_rows(tmp_path / "d.jsonl", [row])
+    assert f'ability "x": {message}' in refusal(tokenizers, {"dataset": str(data)})
+
+
+def test_values_that_are_no_texts(tokenizers, tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", [{"q": "1", "a": None, "l": ["x"], "n": 1}])
+    ability = {"dataset": str(data), "prompt": "q", "answer": "a"}
+    assert refusal(tokenizers, ability) == 'ability "x": column "a" of sample 0 is empty; expected a text'
+    assert 'column "l" of sample 0 is a list; expected a text' in refusal(tokenizers, ability | {"answer": "{l}!"})
+    assert 'has no column "q.upper"' in refusal(tokenizers, ability | {"answer": "{q.upper}"})
+    assert '"{q:d}" cannot be filled from sample 0' in refusal(tokenizers, ability | {"answer": "{q:d}"})
+
+
+def test_an_answer_that_the_tokenizer_leaves_out(tokenizers, tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", [{"q": "1", "a": "\u00e9\u00e9"}])
+    for template in ("chat", "plain"):
+        message = refusal(tokenizers, {"dataset": str(data), "prompt": "q", "answer": "a"}, template=template)
+        assert message == 'ability "x": the tokenizer makes no tokens of the answer of sample 0'
 
 
 def test_samples_without_answer_tokens(tokenizers, tmp_path):

@@ -189,6 +189,28 @@ def test_all_problems_of_a_file_are_listed(tmp_path):
     assert 'module "c.unknown" is not in its list of modules' in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parameters": {"b.linear": [["b.linear.weight", 7]], "a.norm": [["a.norm.weight", 0]]}},
+        {"parameters": {}},
+        {"shapes": 5},
+        {"shapes": {"b.linear.weight": [4, 3]}},
+        {"sources": ["a"]},
+        {"sources": None},
+        {"tied": 3},
+        {"modules": None},
+    ],
+    ids=str,
+)
+def test_metadata_of_another_form(tmp_path, change):
+    path = tmp_path / "m.safetensors"
+    save_mask(mask(), path)
+    rewrite(path, lambda metadata, _: metadata.update(change))
+    with pytest.raises(ArtifactError, match=r"m\.safetensors is not a valid file of mergekit-act: its "):
+        load_mask(path)
+
+
 def test_a_file_with_the_common_metadata_alone_is_enough(tmp_path):
     """Others may write masks by the format's description, which does not ask for parameter shapes."""
     path = tmp_path / "m.safetensors"

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from conftest import make_model, tiny_config
 from test_merging import act_config, assert_merged, random_mask, state_of
+
+from mergekit_act import autoload
+from mergekit_act.cli import main
 
 SCRIPTS = Path(sys.executable).parent
 
@@ -38,6 +42,30 @@ def test_importing_our_side_first_registers_too():
     assert done.stdout == "ACT\n", done.stderr
 
 
+def test_completing_twice_changes_nothing(merge_inputs, tmp_path):
+    """As when mergekit-act merge runs where mergekit is imported already."""
+    autoload.install()
+    autoload.install()
+    root = merge_inputs[0]
+    result = CliRunner().invoke(main, ["merge", str(root / "config.yml"), str(tmp_path / "out"), "--quiet"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    check(tmp_path / "out", merge_inputs)
+
+
+def test_importing_the_methods_brings_the_checks(merge_inputs, tmp_path):
+    """Also where the hook is off: there is no act without them."""
+    _, target, ability = merge_inputs
+    config = act_config(target, (ability, {"weight": 1.0, "mask": "m.safetensors", "wieght": 1}))
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    code = (
+        "import sys, mergekit_act.merging\nfrom mergekit.scripts.run_yaml import main\n"
+        f"main([{str(tmp_path / 'c.yml')!r}, {str(tmp_path / 'out')!r}])"
+    )
+    done = run(sys.executable, "-c", code, MERGEKIT_ACT_AUTOLOAD="0")
+    assert done.returncode == 1
+    assert 'has no parameter "wieght"' in done.stderr
+
+
 def test_a_failure_becomes_one_warning():
     code = (
         "import mergekit_act.autoload as a, mergekit_act, sys\n"
@@ -47,9 +75,7 @@ def test_a_failure_becomes_one_warning():
     )
     done = run(sys.executable, "-c", code)
     assert done.stdout == "['ties']\n"
-    assert (
-        done.stderr.count("RuntimeWarning: mergekit-act could not add its merge methods to mergekit.merge_methods") == 1
-    )
+    assert done.stderr.count("RuntimeWarning: mergekit-act could not complete mergekit.merge_methods") == 1
     strict = run(sys.executable, "-W", "error::RuntimeWarning", "-c", code)
     assert (strict.returncode, strict.stdout) == (0, "['ties']\n")
 

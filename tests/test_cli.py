@@ -86,9 +86,9 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path):
 
 
 def test_profile_refuses_before_it_loads_models(tmp_path, sums_file):
-    target = make_model(tiny_config("qwen2"), tmp_path / "t", seed=0)
+    target, ability = (make_model(tiny_config("qwen2"), tmp_path / name, seed=i) for i, name in enumerate("ta"))
     (tmp_path / "a.yml").write_text(
-        f"target: {target}\nability_model: {target}\nabilities:\n  x: {{dataset: {sums_file}, prompt: q, answer: a}}\n"
+        f"target: {target}\nability_model: {ability}\nabilities:\n  x: {{dataset: {sums_file}, prompt: q, answer: a}}\n"
     )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x.safetensors").write_text("mine")
@@ -99,3 +99,10 @@ def test_profile_refuses_before_it_loads_models(tmp_path, sums_file):
     result = invoke("profile", tmp_path / "a.yml", tmp_path / "new", "--criterion", "weight")
     assert result.exit_code == 0, result.output
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["weight.safetensors"]
+    result = invoke("profile", tmp_path / "a.yml", tmp_path / "other", "--device", "nonsense")
+    assert result.output.startswith('Error: device "nonsense" cannot be used here: ')
+    same = (tmp_path / "a.yml").read_text().replace(str(ability), str(target))
+    (tmp_path / "same.yml").write_text(same)
+    result = invoke("profile", tmp_path / "same.yml", tmp_path / "other")
+    assert result.output == f"Error: {target} and {target} are the same model; there is nothing to transfer\n"
+    assert not (tmp_path / "other").exists()

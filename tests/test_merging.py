@@ -191,7 +191,7 @@ def test_untied_target_takes_the_head_of_a_tied_model_from_its_embedding(pair_of
     assert_merged(result, state_of(target), [(state, 1.0, mask)], tied=False)
 
 
-def test_vocabularies_are_aligned_by_token_id(pair_of, tmp_path):
+def test_vocabularies_are_aligned_by_token_id(pair_of, tmp_path, caplog):
     """The ability model has fewer rows, and its tokenizer's tokens are kept: fewer rows than either."""
     target, _ = pair_of("qwen2")
     short = make_model(tiny_config("qwen2", vocab_size=120), tmp_path / "short", seed=5)
@@ -203,6 +203,8 @@ def test_vocabularies_are_aligned_by_token_id(pair_of, tmp_path):
 
     result = merged(act_config(target, (short, parameters), tokenizer={"source": "base"}), tmp_path / "out")
     rows = len(result["lm_head.weight"])
+    lost = int(mask.channels["lm_head"][rows:].sum())
+    assert f'"lm_head.weight" has {rows} rows: {lost} selected rows behind them are dropped' in caplog.text
     assert rows == len(make_tokenizer()) < 120
     cut = {n: t[:rows] if "embed" in n or "lm_head" in n else t for n, t in state_of(target).items()}
     other = {n: t[:rows] if "embed" in n or "lm_head" in n else t for n, t in state_of(short).items()}
@@ -218,6 +220,28 @@ def test_a_merge_in_memory_takes_files_too(pair_of, tmp_path):
         states, "act", base="target", parameters={"weight": 0.5, "mask": str(tmp_path / "m.safetensors")}
     )
     assert_merged(result, states["target"], [(states["ability"], 0.5, mask)], tied=False)
+
+
+def test_a_mask_that_does_not_fit_a_tensor_in_memory():
+    mask = TensorSelection({0: torch.ones(5, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r'the mask has \[5\] channels for "w"; the tensor is \[4, 3\] \(axis 0\)'):
+        mask.fitted("w", (4, 3))
+    with pytest.raises(ValueError, match=r'the mask has \[1, 4\] channels for "w"'):
+        TensorSelection({0: torch.ones((1, 4), dtype=torch.bool)}).fitted("w", (4, 3))
+
+
+def test_checkpoints_of_the_old_pickle_format(pair_of, tmp_path):
+    """As old GPT-2 checkpoints: no archive, no prefix."""
+    folders = []
+    for folder in pair_of("gpt2"):
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("*.safetensors"))
+        state = {name.removeprefix("transformer."): tensor for name, tensor in state_of(folder).items()}
+        torch.save(state, tmp_path / folder.name / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+        folders.append(tmp_path / folder.name)
+    mask = random_mask(*folders, tmp_path / "m.safetensors")
+    config = act_config(folders[0], (folders[1], {"weight": 0.4, "mask": str(tmp_path / "m.safetensors")}))
+    target, ability = pair_of("gpt2")
+    assert_merged(merged(config, tmp_path / "out"), state_of(target), [(state_of(ability), 0.4, mask)], tied=True)
 
 
 def test_mergekit_pytorch(pair_of, tmp_path):
@@ -237,6 +261,12 @@ def test_mergekit_pytorch(pair_of, tmp_path):
     run = CliRunner().invoke(mergekit_pytorch, [str(tmp_path / "c.yml"), str(tmp_path / "out")])
     assert run.exit_code == 0, (run.output, run.exception)
     assert_merged(state_of(tmp_path / "out"), state_of(target), [(state_of(ability), 0.5, mask)], tied=True)
+    random_mask(*pair_of("qwen2"), tmp_path / "qwen2.safetensors")
+    config["models"][0]["parameters"]["mask"] = str(tmp_path / "qwen2.safetensors")
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    run = CliRunner().invoke(mergekit_pytorch, [str(tmp_path / "c.yml"), str(tmp_path / "out1")])
+    assert run.exit_code == 1
+    assert 'no output tensor matches module "model.layers.0.mlp.up_proj"' in run.output
     config["models"][0]["parameters"] = {"weight": 0.5, "mask": "no.safetensors", "wieght": 1}
     (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
     run = CliRunner().invoke(mergekit_pytorch, [str(tmp_path / "c.yml"), str(tmp_path / "out2")])
@@ -366,7 +396,7 @@ def test_mask_settings_that_do_not_fit(good, tmp_path):
     assert "density is 1.5; expected a fraction in (0, 1]" in told(mask=profile, mask_density=1.5)
     assert 'mask "no.safetensors" does not exist' in told(mask="no.safetensors")
     assert 'no-*.safetensors" matches no file' in told(mask=str(tmp_path / "no-*.safetensors"))
-    assert f'{ability} has no "mask"; name a mask or profile' in refusal(
+    assert f'{ability} has no "mask"; name a mask or profile under its "parameters:"' in refusal(
         act_config(target, (ability, {"weight": 1})), out
     )
     (tmp_path / "x.safetensors").write_bytes(b"\x00")
@@ -402,6 +432,44 @@ def test_mask_of_another_model(good, pair_of, tmp_path):
         act_config(target, (ability, {**parameters, "mask": str(tmp_path / "gpt2.safetensors")})), tmp_path / "out2"
     )
     assert 'no output tensor matches module "transformer.h.0.attn.c_attn"' in message
+
+
+def test_models_of_different_width(good, tmp_path):
+    target, _, parameters = good
+    wide = make_model(tiny_config("qwen2", intermediate_size=64), tmp_path / "wide", seed=3)
+    message = refusal(act_config(target, (wide, parameters)), tmp_path / "out")
+    assert f"[48, 32] in {target}" in message
+    assert f"[64, 32] in {wide}" in message
+    assert message.count("; ACT needs models of one backbone") == 6
+
+
+def test_models_that_are_not_there_or_not_whole(good, tmp_path):
+    target, ability, parameters = good
+    message = refusal(act_config(target, (tmp_path / "gone", parameters)), tmp_path / "out")
+    assert f"{tmp_path}/gone does not exist" in message
+    assert "expected a model folder or a Hub id" in message
+    shutil.copytree(ability, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    message = refusal(act_config(target, (tmp_path / "cut", parameters)), tmp_path / "out")
+    assert "cut has no complete weight file (" in message
+
+
+def test_values_that_mergekit_would_trip_over(good, tmp_path):
+    target, ability, parameters = good
+    out = tmp_path / "out"
+    assert 'dtype "float33" is not known' in refusal(act_config(target, (ability, parameters), dtype="float33"), out)
+    message = refusal(act_config(target, (ability, {**parameters, "weight": "half"})), out)
+    assert message.count("\n") == 1
+    assert "a parameter has a wrong value" in message
+    assert "got 'half'" in message
+    message = refusal(act_config(target, (ability, {"mask": parameters["mask"]})), out)
+    assert f'{ability} has no "weight"; give the factor on its changes under its "parameters:"' in message
+    message = refusal(act_config(target, (ability, parameters), (target, parameters)), out)
+    assert f"{target} is the base_model, the target; it takes no mask" in message
+    config = act_config(target, (ability, parameters))
+    del config["base_model"]
+    assert "act needs base_model, the target; the config names none" in refusal(config, out)
 
 
 def test_models_of_different_architecture(good, pair_of, tmp_path):
@@ -468,7 +536,7 @@ def test_a_mask_of_another_pair_is_told_and_used(good, tmp_path, caplog):
 
 
 def test_a_mask_by_others_with_the_common_metadata_alone(good, tmp_path):
-    """DESIGN's format asks for no more than kind, version, modules, parameters and tied."""
+    """The format asks for no more than kind, version, modules, parameters and tied."""
     from safetensors.torch import save_file
 
     target, ability, parameters = good
@@ -501,9 +569,7 @@ def test_a_planner_without_the_seam_makes_act_refuse(good, tmp_path, monkeypatch
     monkeypatch.setattr(mergekit.plan, "MergePlanner", Planner)
     checking.wrap_planner()
     try:
-        with pytest.raises(
-            RuntimeError, match=r"does not fit mergekit-act: .* has no method _plan\. mergekit 0\.1\.5 works"
-        ):
+        with pytest.raises(RuntimeError, match=r"does not fit mergekit-act: .* has no _plan\. mergekit 0\.1\.5 works"):
             merging.act_merge.validate_inputs(["a", "b"], "a")
     finally:
         del merging.act_merge.validate_inputs

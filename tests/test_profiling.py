@@ -12,6 +12,7 @@ import transformers
 from click.testing import CliRunner
 from conftest import make_model, make_tokenizer, tiny_config
 from oracle import plain_profile
+from safetensors.torch import load_file, save_file
 
 from mergekit_act.abilities import AbilitySamples, Sample
 from mergekit_act.artifacts import load_profile
@@ -220,7 +221,7 @@ def test_pairs_that_do_not_fit_are_refused(pair_of, tmp_path):
     assert open_pair(str(qwen2), str(tied)).ability_layout.tied  # the other way round is fine
     moe = pair_of("qwen3_moe")[0]
     assert "(qwen3_moe) is a mixture of experts" in refusal(moe, moe)
-    assert "does not exist; expected a model folder or a Hub id" in refusal(tmp_path / "no", qwen2)
+    assert "; expected a model folder or a Hub id" in refusal(tmp_path / "no", qwen2)
 
 
 def test_quantised_and_incomplete_checkpoints_are_refused(pair_of, tmp_path):
@@ -247,6 +248,48 @@ def test_untied_target_with_tied_ability_model(pair_of):
     states = [transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (target, ability)]
     expected = (states[1]["model.embed_tokens.weight"] - states[0]["lm_head.weight"]).norm(dim=1)
     torch.testing.assert_close(weights, expected)
+
+
+def test_checkpoints_of_any_kind_give_the_same_profile(pair_of, tmp_path):
+    """Old pickles without prefix, and a tied checkpoint that stores only its head."""
+    samples = [as_ability(random_samples())]
+    for name, prefix in (("gpt2", "transformer."), ("qwen2-tied", "model.")):
+        target, ability = pair_of(name)
+        shutil.copytree(ability, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+        state = load_file(ability / "model.safetensors")
+        if name == "gpt2":
+            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+        else:
+            state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+        torch.save(state, tmp_path / name / "pytorch_model.bin", _use_new_zipfile_serialization=name != "gpt2")
+        whole, old = (
+            profile_pair(open_pair(str(target), str(folder)), samples, device="cpu", dtype=torch.float32)[0].scores
+            for folder in (ability, tmp_path / name)
+        )
+        assert all(torch.equal(whole[module], old[module]) for module in whole)
+
+
+def test_samples_longer_than_the_position_table(pair_of):
+    pair = open_pair(*map(str, pair_of("gpt2")))
+    ability = as_ability([([5] * 129, [True] * 129)])
+    with pytest.raises(
+        ValueError, match=r"sample 0 has 129 tokens; the models have 128 positions\. Set max_length to 128"
+    ):
+        profile_pair(pair, [ability], device="cpu")
+
+
+def test_activations_that_are_not_finite_write_nothing(pair_of, sums_file, abilities_yml, tmp_path):
+    target, ability = pair_of("qwen2")
+    shutil.copytree(ability, tmp_path / "nan")
+    state = load_file(ability / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
+    save_file(state, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    path = abilities_yml(target, tmp_path / "nan", sums_file, ability_keys="    prompt: q\n    answer: a\n")
+    run = CliRunner().invoke(main, ["profile", str(path), str(tmp_path / "out"), "--quiet", "--dtype", "float32"])
+    assert run.exit_code == 1
+    assert 'ability "sums": activations of ' in run.output
+    assert '(the first is "model.layers.1.mlp.up_proj"); try --dtype float32' in run.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_is_not_needed_for_token_ids(pair_of, tmp_path, abilities_yml):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import random
 import string
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 
@@ -19,13 +20,12 @@ __all__ = ["fill_template", "load_rows", "select_rows"]
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_rows(name: str, ability: Ability, split: str) -> datasets.Dataset:
-    """All rows of an ability's data set.
+def load_rows(name: str, ability: Ability) -> datasets.Dataset:
+    """All rows of an ability's data set; texts as they are written, also where they look like numbers or dates.
 
     Args:
         name: the ability's name, for messages.
         ability: its settings.
-        split: which split.
 
     Raises:
         FileNotFoundError: a local file or folder does not exist.
@@ -39,12 +39,24 @@ def load_rows(name: str, ability: Ability, split: str) -> datasets.Dataset:
     if path.is_file() and suffix is None:
         raise ValueError(f'ability "{name}": {source} is no data file; expected {", ".join(_BUILDERS)}')
     try:
-        if path.is_file():
-            return datasets.load_dataset(_BUILDERS[suffix or ""], data_files=str(path), split=split)
-        return datasets.load_dataset(source, ability.name, revision=ability.revision, split=split)
+        if not path.is_file():
+            return datasets.load_dataset(source, ability.name, revision=ability.revision, split=ability.split)
+        builder = _BUILDERS[suffix or ""]
+        if builder == "json":
+            rows = datasets.DatasetDict(train=_read_json(path))
+        elif builder == "csv":
+            rows = datasets.load_dataset("csv", data_files=str(path), keep_default_na=False)
+            texts = datasets.Features(dict.fromkeys(rows["train"].column_names, datasets.Value("string")))
+            rows = datasets.load_dataset("csv", data_files=str(path), keep_default_na=False, features=texts)
+        else:
+            rows = datasets.load_dataset(builder, data_files=str(path))
+        if ability.split not in rows:
+            raise ValueError(f'a file has only the split "{next(iter(rows))}"')
+        return rows[ability.split]
     except Exception as error:  # datasets raises errors of many libraries
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f'ability "{name}": cannot load split "{split}" of {source}: {reason}') from error
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise ValueError(f'ability "{name}": cannot load split "{ability.split}" of {source}: {reason}') from error
 
 
 def select_rows(
@@ -62,20 +74,20 @@ def select_rows(
         require_column(name, ability, rows, column)
     indices = list(range(len(rows)))
     for column, wanted in ability.where.items():
-        allowed = wanted if isinstance(wanted, list) else [wanted]
-        values = rows[column][:]
+        allowed = [str(value) for value in (wanted if isinstance(wanted, list) else [wanted])]
+        values = [str(value) for value in rows[column][:]]
         indices = [index for index in indices if values[index] in allowed]
         missing = [value for value in allowed if value not in values]
         if missing:
             raise ValueError(
                 f'ability "{name}": no row of {ability.dataset} has {", ".join(map(repr, missing))} in column '
-                f'"{column}"; there are {", ".join(map(repr, sorted(set(values), key=str)[:10]))}'
+                f'"{column}"; there are {", ".join(map(repr, sorted(set(values))[:10]))}'
             )
     random.Random(ability.seed).shuffle(indices)
     if ability.balance is None:
         taken = indices[offset : offset + samples]
     else:
-        taken = _balanced(name, ability, rows[ability.balance][:], indices, offset, samples)
+        taken = _balanced(name, ability, [str(value) for value in rows[ability.balance][:]], indices, offset, samples)
     if not taken:
         raise ValueError(
             f'ability "{name}" has no samples: {ability.dataset} has {len(indices)} rows that match, offset is {offset}'
@@ -96,10 +108,10 @@ def fill_template(name: str, ability: Ability, rows: datasets.Dataset, template:
     """One text per row: a column's value, or a format string over columns.
 
     Raises:
-        ValueError: a column is missing, or the format string is malformed.
+        ValueError: a column is missing, a value is no text or number, or the format string is malformed.
     """
     if template in rows.column_names:
-        return [str(value) for value in rows[template][:]]
+        template = f"{{{template}}}"
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
@@ -107,21 +119,33 @@ def fill_template(name: str, ability: Ability, rows: datasets.Dataset, template:
     if not fields:  # no placeholder: it was meant as a column's name
         require_column(name, ability, rows, template)
     for field in fields:
-        require_column(name, ability, rows, field.split(".")[0].split("[")[0])
-    return [template.format_map(row) for row in rows]
+        require_column(name, ability, rows, field)
+    texts = []
+    for place, row in enumerate(rows.select_columns(list(dict.fromkeys(fields)))):
+        for column, value in row.items():
+            if not isinstance(value, str | int | float):
+                what = "is empty" if value is None else f"is a {type(value).__name__}"
+                raise ValueError(f'ability "{name}": column "{column}" of sample {place} {what}; expected a text')
+        try:
+            texts.append(template.format_map(row))
+        except ValueError as error:
+            raise ValueError(
+                f'ability "{name}": "{template}" cannot be filled from sample {place} ({error})'
+            ) from error
+    return texts
 
 
 def _balanced(
-    name: str, ability: Ability, values: Sequence[Any], indices: Sequence[int], offset: int, samples: int
+    name: str, ability: Ability, values: Sequence[str], indices: Sequence[int], offset: int, samples: int
 ) -> list[int]:
-    kinds = sorted({values[index] for index in indices}, key=str)
+    kinds = sorted({values[index] for index in indices})
     if samples % len(kinds) or offset % len(kinds):
         raise ValueError(
             f'ability "{name}": samples {samples} and offset {offset} cannot be divided equally among the '
             f'{len(kinds)} values of "{ability.balance}"; use multiples of {len(kinds)}'
         )
     skip, take = offset // len(kinds), samples // len(kinds)
-    seen: Counter[Any] = Counter()
+    seen: Counter[str] = Counter()
     taken = []
     for index in indices:
         place = seen[values[index]]
@@ -135,3 +159,18 @@ def _balanced(
             + ", ".join(f"{kind!r} has {max(0, count)}" for kind, count in short.items())
         )
     return taken
+
+
+def _read_json(path: Path) -> datasets.Dataset:
+    """A list of objects, or one object per line. The loader of ``datasets`` would make dates of texts that look so."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        text = file.read()
+    content = (
+        json.loads(text)
+        if text.lstrip().startswith("[")
+        else [json.loads(line) for line in text.split("\n") if line.strip()]
+    )
+    if not content or not all(isinstance(row, dict) for row in content):
+        raise ValueError("expected a list of objects, or one object per line")
+    columns = dict.fromkeys(column for row in content for column in row)
+    return datasets.Dataset.from_dict({column: [row.get(column) for row in content] for column in columns})

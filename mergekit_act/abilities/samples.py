@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import torch
 from mergekit.common import ModelReference
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -84,16 +85,13 @@ class Tokenizers:
         return None if same and theirs.eos_token_id == self.target.eos_token_id else theirs
 
 
-def collect_samples(
-    file: AbilitiesFile, name: str, tokenizers: Tokenizers, *, offset: int | None = None
-) -> AbilitySamples:
+def collect_samples(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> AbilitySamples:
     """Load, render and tokenise the samples of one ability.
 
     Args:
         file: the abilities file.
         name: the ability.
         tokenizers: of the file's pair.
-        offset: rows to skip, in place of the file's.
 
     Raises:
         FileNotFoundError: the data set does not exist.
@@ -101,9 +99,8 @@ def collect_samples(
             token is left.
     """
     ability = file.abilities[name]
-    rows = load_rows(name, ability, ability.split)
-    start = ability.offset if offset is None else offset
-    chosen, short = select_rows(name, ability, rows, offset=start, samples=ability.samples)
+    rows = load_rows(name, ability)
+    chosen, short = select_rows(name, ability, rows, offset=ability.offset, samples=ability.samples)
     if short:
         LOG.warning('ability "%s": %d of %d samples are there', name, len(chosen), ability.samples)
     if ability.prompt is None and {"input_ids", "labels"} <= set(chosen.column_names):
@@ -121,7 +118,6 @@ def collect_samples(
     if empty:
         raise ValueError(f'ability "{name}": {empty} of {len(kept)} samples have no answer tokens')
     settings = ability.model_dump(exclude={"role", "evaluate"}) | {
-        "offset": start,
         "max_length": file.max_length,
         "template": file.template,
         "system": file.system,
@@ -161,16 +157,22 @@ def _conversations(name: str, ability: Ability, rows: datasets.Dataset) -> list[
             f'ability "{name}": {ability.dataset} has neither a "messages" column nor "input_ids" and "labels"; give '
             f"prompt and answer. Its columns are {', '.join(rows.column_names)}"
         )
-    conversations = []
-    for place, messages in enumerate(rows["messages"][:]):
-        last = max((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), default=None)
-        if last is None:
-            raise ValueError(f'ability "{name}": sample {place} has no assistant turn in "messages"')
-        turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages[: last + 1]]
-        if not all(isinstance(turn.get("content"), str) for turn in turns):
-            raise ValueError(f'ability "{name}": sample {place} has a turn in "messages" whose content is not a text')
-        conversations.append(turns)
-    return conversations
+    return [_answered_part(name, place, messages) for place, messages in enumerate(rows["messages"][:])]
+
+
+def _answered_part(name: str, place: int, messages: Any) -> list[dict[str, str]]:
+    """The turns up to the last one of the assistant, which is the answer."""
+    where = f'ability "{name}": sample {place}'
+    turns = messages if isinstance(messages, list) else []
+    if not turns or not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
+        raise ValueError(f'{where} has no list of turns with "role" and "content" in "messages"')
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+    if last is None:
+        raise ValueError(f'{where} has no assistant turn in "messages"')
+    turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns[: last + 1]]
+    if not all(isinstance(turn.get("content"), str) for turn in turns):
+        raise ValueError(f'{where} has a turn in "messages" whose content is not a text')
+    return turns
 
 
 def _tokenise(
@@ -184,16 +186,18 @@ def _tokenise(
         renderings = render_plain(name, conversations, tokenizer, system=file.system)
     special = file.template == "plain"
     texts = [rendering.text for rendering in renderings]
-    encoded = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True)
+    encoded = tokenizer(texts, add_special_tokens=special)["input_ids"]
+    offsets_of = _offsets(tokenizer, texts, special)
     if tokenizers.ability_model is not None:
-        _compare_ids(name, tokenizer, encoded["input_ids"], tokenizers.ability_model, texts, special)
+        _compare_ids(name, tokenizer, encoded, tokenizers.ability_model, texts, special)
     samples: list[Sample] = []
-    for rendering, ids, offsets in zip(renderings, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for rendering, ids, offsets in zip(renderings, encoded, offsets_of, strict=True):
         if special and ids and ids[-1] == tokenizer.eos_token_id:
             ids, offsets = ids[:-1], offsets[:-1]  # a tokenizer that ends sequences itself
         answer = [start >= rendering.answer_start for start, _ in offsets]
         # A tokenizer that does not know a character may leave it out without a word.
-        if not any(answer) and rendering.text[rendering.answer_start : rendering.end_of_turn].strip():
+        written = rendering.text[rendering.answer_start : rendering.end_of_turn].strip()
+        if written and not any(rendering.answer_start < end <= rendering.end_of_turn for _, end in offsets):
             raise ValueError(f'ability "{name}": the tokenizer makes no tokens of the answer of sample {len(samples)}')
         if special:
             ids, answer = [*ids, tokenizer.eos_token_id], [*answer, True]
@@ -202,6 +206,20 @@ def _tokenise(
             ids, answer = ids[: end + 1], answer[: end + 1]
         samples.append(Sample(torch.tensor(ids, dtype=torch.int64), torch.tensor(answer, dtype=torch.bool)))
     return samples
+
+
+def _offsets(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[tuple[int, int]]]:
+    """Each token's (start, end) characters, with the white space in front of it, which some tokenizers leave out."""
+    settings = tokenizer.backend_tokenizer.to_str()
+    if '"trim_offsets":true' not in settings:
+        offsets: list[list[tuple[int, int]]] = tokenizer(
+            list(texts), add_special_tokens=special, return_offsets_mapping=True
+        )["offset_mapping"]
+        return offsets
+    whole = Tokenizer.from_str(settings.replace('"trim_offsets":true', '"trim_offsets":false'))
+    whole.no_padding()
+    whole.no_truncation()
+    return [encoding.offsets for encoding in whole.encode_batch(list(texts), add_special_tokens=special)]
 
 
 def _compare_ids(name: str, ours: Any, ids: Any, theirs: Any, texts: Sequence[str], special: bool) -> None:
@@ -224,11 +242,13 @@ def _compare_ids(name: str, ours: Any, ids: Any, theirs: Any, texts: Sequence[st
 
 
 def _ready_sample(name: str, place: int, row: dict[str, Any]) -> Sample:
+    for column in ("input_ids", "labels"):
+        values = row[column]
+        if not (isinstance(values, list) and values and all(type(value) is int for value in values)):
+            raise ValueError(f'ability "{name}": sample {place} has no list of whole numbers in "{column}"')
     ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
-    if ids.shape != labels.shape or ids.ndim != 1:
-        raise ValueError(
-            f'ability "{name}": sample {place} has {len(row["input_ids"])} input_ids and {len(row["labels"])} labels'
-        )
+    if ids.shape != labels.shape:
+        raise ValueError(f'ability "{name}": sample {place} has {len(ids)} input_ids and {len(labels)} labels')
     is_answer = labels != -100
     end = int(is_answer.nonzero().max()) + 1 if is_answer.any() else len(ids)
     return Sample(ids[:end].to(torch.int64), is_answer[:end])

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergekit.architecture import WeightInfo
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.io.tasks import LoaderCache
 
 from mergekit_act.checking.configs import MergeConfigError, setting_problems
-from mergekit_act.checkpoints import Checkpoint, TensorHeader
-from mergekit_act.merging import MaskFiles, TensorSelection, load_mask_files
+from mergekit_act.checkpoints import Checkpoint, TensorHeader, read_headers
+from mergekit_act.merging import MaskFiles, TensorSelection, channels_along, load_mask_files
 
-__all__ = ["PlanCheck"]
+__all__ = ["FlatPlanCheck", "PlanCheck"]
 
 LOG = logging.getLogger(__name__)
 
@@ -33,12 +35,12 @@ class PlanCheck:
     outputs: set[str] = field(default_factory=set)
     bases: set[ModelReference] = field(default_factory=set)
     models: set[ModelReference] = field(default_factory=set)
+    unweighted: set[ModelReference] = field(default_factory=set)
     checkpoints: dict[ModelReference, Checkpoint] = field(default_factory=dict)
 
     def resolve(self, weight: Any, task: Any) -> Any:
         """The task with each model's mask setting replaced by what it selects of this tensor."""
-        gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
-        sources: dict[ModelReference, Any] = dict(gather.weight_info.items())
+        sources = self._sources(task)
         base = task.base_model
         self.bases.add(base)
         self.outputs |= _names(sources[base])
@@ -49,6 +51,8 @@ class PlanCheck:
                 continue
             self.models.add(model)
             settings = dict(parameters[model].items())
+            if settings["weight"] is None:
+                self.unweighted.add(model)
             files = self._mask_files(model, settings["mask"], settings["mask_density"])
             settings["mask"] = self._select(weight, sources, base, model, files) if files else None
             parameters[model] = ImmutableMap(settings)
@@ -69,9 +73,11 @@ class PlanCheck:
     def _check_models(self) -> None:
         for model in self.models:
             if not any(key[0] == model for key in self.masks):
-                self.problems.append(f'{model} has no "mask"; name a mask or profile in its parameters')
+                self.problems.append(f'{model} has no "mask"; name a mask or profile under its "parameters:"')
+            if model in self.unweighted:
+                self.problems.append(f'{model} has no "weight"; give the factor on its changes under its "parameters:"')
             for base in self.bases:
-                if _ties(self._config(base)) and not _ties(self._config(model)):
+                if self._ties(base) and not self._ties(model):
                     self.problems.append(
                         f"{base} ties its head to its embedding and {model} does not; there is no one matrix to "
                         "transfer to. Untie the target first"
@@ -115,7 +121,7 @@ class PlanCheck:
     ) -> TensorSelection | None:
         names = {weight.name, *(weight.aliases or ())} if weight.name == sources[base].name else set()
         names |= _names(sources[base])
-        if _ties(self._config(base)):
+        if self._ties(base, files):
             names |= {tied for name in names for tied in files.layout.tied_names(name)}
         selection = files.selection(sorted(names), weight.vocabulary_axis)
         if selection is None:
@@ -127,11 +133,13 @@ class PlanCheck:
             )
         header = self._header(base, sources[base])
         for axis, chosen in selection.slices.items():
-            length = chosen.numel()
-            if header is not None and length != _channels_along(axis, header.shape, chosen.ndim):
+            fits = header is None or axis < len(header.shape)
+            if header is not None and fits:
+                fits = tuple(chosen.shape) == channels_along(axis, header.shape, chosen.ndim)
+            if header is not None and not fits:
                 shown = ", ".join(map(str, files.files))
                 self.problems.append(
-                    f'mask {shown} has {length} channels for "{weight.name}"; the target\'s tensor is '
+                    f'mask {shown} has {chosen.numel()} channels for "{weight.name}"; the target\'s tensor is '
                     f"{list(header.shape)} (axis {axis}). Profile this pair again with mergekit-act profile"
                 )
             if axis == weight.vocabulary_axis:
@@ -153,19 +161,39 @@ class PlanCheck:
             )
 
     def _check_presence(self, weight: Any, sources: Mapping[ModelReference, Any]) -> None:
+        """Are the tensors there, and of one shape?"""
         rows = {}
+        shapes = {}
         for model, source in sources.items():
             header = self._header(model, source)
-            if header is not None and weight.vocabulary_axis is not None and header.shape:
-                rows[model] = header.shape[weight.vocabulary_axis]
+            if header is not None:
+                shape = list(header.shape)
+                if weight.vocabulary_axis is not None and shape:
+                    rows[model] = shape.pop(weight.vocabulary_axis)
+                shapes[model] = shape
             if header is None and not weight.optional and not self._convertible(model, source):
                 self.missing.setdefault(model, []).append(f'"{source.name}"')
+        if any(shape != next(iter(shapes.values())) for shape in shapes.values()):
+            shown = ", ".join(f"{shape} in {model}" for model, shape in shapes.items())
+            self.problems.append(f'"{weight.name}" is {shown}; ACT needs models of one backbone')
+        if len(set(rows.values())) > 1:
+            self._check_lengths(weight, rows)
+
+    def _check_lengths(self, weight: Any, rows: Mapping[ModelReference, int]) -> None:
         aligned = self.config.tokenizer is not None or self.config.tokenizer_source is not None
-        if len(set(rows.values())) > 1 and not aligned and not self.options.unsafe_truncate_embeddings:
+        if not aligned and not self.options.unsafe_truncate_embeddings:
             shown = ", ".join(f"{model} has {count}" for model, count in rows.items())
             self.problems.append(
                 f'vocabularies of "{weight.name}" differ: {shown} rows. Add "tokenizer: {{source: base}}" to the config'
             )
+
+    def _sources(self, task: Any) -> dict[ModelReference, Any]:
+        """model -> which of its tensors goes into an output."""
+        gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+        return dict(gather.weight_info.items())
+
+    def _ties(self, model: ModelReference, _files: MaskFiles | None = None) -> bool:
+        return bool(getattr(self._config(model).get_text_config(), "tie_word_embeddings", False))
 
     def _convertible(self, model: ModelReference, source: Any) -> bool:
         keys = set(self._checkpoint(model).headers)
@@ -197,15 +225,40 @@ class PlanCheck:
                     )  # fmt: skip
 
 
-def _channels_along(axis: int, shape: Sequence[int], dimensions: int) -> int:
-    """Number of channels of a tensor; a mask of two dimensions is one of experts, which come first."""
-    if axis >= len(shape):
-        return 0
-    return shape[axis] * (shape[0] if dimensions == 2 else 1)
+class FlatPlanCheck(PlanCheck):
+    """The same for the plans of ``mergekit-pytorch``: each model is one weight file, and there is no config."""
+
+    def _sources(self, task: Any) -> dict[ModelReference, Any]:
+        return {model: WeightInfo(name=load.tensor_name) for model, load in task.gather_tensors.tensors.items()}
+
+    def _ties(self, model: ModelReference, files: MaskFiles | None = None) -> bool:
+        """A file that holds one of the names that a mask's model ties holds the matrix of both."""
+        groups = files.layout.tied if files is not None else ()
+        return any(len(set(group) & set(self._checkpoint(model).headers)) == 1 for group in groups)
+
+    def _convertible(self, model: ModelReference, source: Any) -> bool:
+        return False
+
+    def _checkpoint(self, model: ModelReference) -> Checkpoint:
+        if model not in self.checkpoints:
+            file = Path(model.model.path)
+            self.checkpoints[model] = _WeightFile(model, file.parent, None, file.name)
+        return self.checkpoints[model]
+
+    def _tell_other_pairs(self) -> None:
+        """A weight file has no fingerprint that a profile would know."""
 
 
-def _ties(config: Any) -> bool:
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+@dataclass(frozen=True)
+class _WeightFile(Checkpoint):
+    """A checkpoint that is one file."""
+
+    file: str = ""
+
+    @cached_property
+    def headers(self) -> Mapping[str, TensorHeader]:
+        """Name -> header of every stored tensor."""
+        return read_headers(self.folder / self.file)
 
 
 def _names(source: Any) -> set[str]:

@@ -9,82 +9,110 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mergekit.merge_methods.registry import get
+from pydantic import ValidationError
 
-from mergekit_act import merging
-from mergekit_act.checking.configs import MergeConfigError, missing_files, setting_problems, unknown_parameters
-from mergekit_act.checking.plans import PlanCheck
-from mergekit_act.merging import is_ours
+from mergekit_act.checking.configs import MergeConfigError, config_problems, model_problems
+from mergekit_act.checking.plans import FlatPlanCheck, PlanCheck
+from mergekit_act.merging import is_ours, refuse_to_run
 
 __all__ = ["wrap_flat_planner", "wrap_merge", "wrap_planner"]
+
+_MARK = "completed_by_mergekit_act"
 
 
 def wrap_merge() -> None:
     """Complete ``mergekit.merge``: what a config alone tells is checked before models are fetched."""
-    module: Any = sys.modules["mergekit.merge"]
-    get_architecture_info = module.get_architecture_info
 
-    @functools.wraps(get_architecture_info)
-    def checked_architecture(config: Any, options: Any) -> Any:
-        if not is_ours(config.merge_method):
+    def wrap(get_architecture_info: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(get_architecture_info)
+        def checked_architecture(config: Any, options: Any) -> Any:
+            if is_ours(config.merge_method):
+                spec = get(config.merge_method).spec
+                problems = config_problems(config.model_dump(mode="json"), spec) + model_problems(config, options)
+                if problems:
+                    raise MergeConfigError(problems)
             return get_architecture_info(config, options)
-        written = config.model_dump(mode="json")
-        problems = unknown_parameters(written, get(config.merge_method).spec) + missing_files(written)
-        kinds = {m: m.config(options.trust_remote_code).architectures for m in config.referenced_models()}
-        if len({tuple(names or ()) for names in kinds.values()}) > 1 and not options.allow_crimes:
-            shown = ", ".join(sorted(f"{model} is {' '.join(names or ())}" for model, names in kinds.items()))
-            problems.append(f"the models differ in architecture: {shown}; ACT needs models of one backbone")
-        if problems:
-            raise MergeConfigError(problems)
-        return get_architecture_info(config, options)
 
-    module.get_architecture_info = checked_architecture
+        return checked_architecture
+
+    _wrap("mergekit.merge", None, "get_architecture_info", wrap)
 
 
 def wrap_planner() -> None:
     """Complete ``mergekit.plan.MergePlanner``: check and resolve plans that use one of our methods."""
-    planner = sys.modules["mergekit.plan"].MergePlanner
-    if not hasattr(planner, "_plan"):
-        merging.refuse_to_run("mergekit.plan.MergePlanner has no method _plan")
-        return
-    plan = planner._plan
 
-    @functools.wraps(plan)
-    def checked_plan(self: Any) -> None:
-        if not is_ours(self.config.merge_method):
-            plan(self)
-            return
-        try:
-            plan(self)
-        except Exception as error:  # what mergekit says of a wrong value comes as many kinds of error
-            raise MergeConfigError([f"mergekit cannot plan this merge: {error}"]) from error
-        check = PlanCheck(self.config, self.options)
-        self._tensors = [(weight, check.resolve(weight, task)) for weight, task in self._tensors]
-        check.finish()
+    def wrap(plan: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(plan)
+        def checked_plan(self: Any) -> None:
+            if not is_ours(self.config.merge_method):
+                plan(self)
+                return
+            with _one_sentence():
+                plan(self)
+                check = PlanCheck(self.config, self.options)
+                self._tensors = [(weight, check.resolve(weight, task)) for weight, task in self._tensors]
+                check.finish()
 
-    planner._plan = checked_plan
+        return checked_plan
+
+    _wrap("mergekit.plan", "MergePlanner", "_plan", wrap)
 
 
 def wrap_flat_planner() -> None:
-    """Complete ``mergekit.scripts.merge_raw_pytorch``: check its configs that use one of our methods."""
-    module: Any = sys.modules["mergekit.scripts.merge_raw_pytorch"]
-    if not hasattr(module, "plan_flat_merge"):
-        merging.refuse_to_run("mergekit.scripts.merge_raw_pytorch has no function plan_flat_merge")
-        return
-    plan = module.plan_flat_merge
+    """Complete ``mergekit.scripts.merge_raw_pytorch``: check and resolve plans that use one of our methods."""
 
-    @functools.wraps(plan)
-    def checked_plan(config: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_ours(config.merge_method):
-            problems = unknown_parameters(config.model_dump(mode="json"), get(config.merge_method).spec)
-            for model in config.models:
-                if model.model != config.base_model:
-                    settings = {**(config.parameters or {}), **(model.parameters or {})}
-                    problems += setting_problems(model.model, settings.get("mask"), settings.get("mask_density"))
+    def wrap(plan: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(plan)
+        def checked_plan(config: Any, *args: Any, **kwargs: Any) -> Any:
+            if not is_ours(config.merge_method):
+                return plan(config, *args, **kwargs)
+            written = config.model_dump(mode="json")
+            problems = config_problems(written, get(config.merge_method).spec)
             if problems:
                 raise MergeConfigError(problems)
-        return plan(config, *args, **kwargs)
+            with _one_sentence():
+                *saves, finalize = plan(config, *args, **kwargs)
+                check = FlatPlanCheck(config, None)
+                resolved = tuple(
+                    save.model_copy(
+                        update={"tensor_task": check.resolve(save.tensor_task.output_weight, save.tensor_task)}
+                    )
+                    for save in saves
+                )
+                check.finish()
+            return [*resolved, finalize.model_copy(update={"tensor_save_tasks": resolved})]
 
-    module.plan_flat_merge = checked_plan
+        return checked_plan
+
+    _wrap("mergekit.scripts.merge_raw_pytorch", None, "plan_flat_merge", wrap)
+
+
+def _wrap(module: str, owner: str | None, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a function of mergekit by its wrapped self, once; if it is not there, our methods refuse to run."""
+    home = sys.modules[module] if owner is None else getattr(sys.modules[module], owner, None)
+    function = getattr(home, name, None)
+    if function is None:
+        refuse_to_run(f"{'.'.join(filter(None, (module, owner)))} has no {name}")
+    elif not hasattr(function, _MARK):
+        wrapped = wrap(function)
+        setattr(wrapped, _MARK, True)
+        setattr(home, name, wrapped)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """What mergekit, pydantic and files say of a wrong value comes as many kinds of error; users get one kind."""
+    try:
+        yield
+    except MergeConfigError:
+        raise
+    except ValidationError as error:
+        shown = "; ".join(f"{detail['msg']}, got {detail['input']!r}" for detail in error.errors())
+        raise MergeConfigError([f"a parameter has a wrong value: {shown}"]) from error
+    except (ValueError, RuntimeError, OSError) as error:
+        raise MergeConfigError([" ".join(str(error).split())]) from error

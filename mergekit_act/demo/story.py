@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shlex
 import subprocess
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from mergekit_act.artifacts import load_mask
 from mergekit_act.demo.tasks import DOMAINS, LANGUAGES, Row, all_rows
@@ -31,25 +34,27 @@ DENSITY = 0.35  # of each profile; the union of the four is about half of the ch
 STEPS = {"base": 850, "ability": 100, "target": 400}
 
 
-def run_demo(out_dir: Path, *, echo: Echo) -> None:
+def run_demo(out_dir: Path, *, echo: Echo, quiet: bool = False) -> None:
     """Make the models, run the commands, print accuracy per ability.
 
     Args:
         out_dir: where all files are left; it must not exist or be empty.
         echo: prints a line.
+        quiet: show no progress bars.
 
     Raises:
         FileExistsError: ``out_dir`` has files in it.
-        subprocess.CalledProcessError: a command failed.
+        ValueError: a command failed.
     """
     started = time.monotonic()
+    disable_progress_bar()  # of Transformers, for loading and saving
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise FileExistsError(f"{out_dir} has files in it; name a folder that is empty or does not exist")
     out_dir.mkdir(parents=True, exist_ok=True)
     rows = all_rows()
     tokenizer = build_tokenizer()
     echo("Training a base, an ability model (all abilities) and a target (only mathematics, in two languages)")
-    for name, model in _train_models(tokenizer, rows).items():
+    for name, model in _train_models(tokenizer, rows, quiet).items():
         model.save_pretrained(out_dir / "models" / name)
         tokenizer.save_pretrained(out_dir / "models" / name)
     _write_inputs(out_dir, rows)
@@ -63,16 +68,17 @@ def run_demo(out_dir: Path, *, echo: Echo) -> None:
     )
 
 
-def _train_models(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Any]:
+def _train_models(tokenizer: Any, rows: Sequence[Row], quiet: bool) -> dict[str, Any]:
+    shown = functools.partial(tqdm, unit="step", disable=quiet)
     base = build_model(tokenizer, rope_theta=1_000_000.0)
-    train(base, tokenizer, rows, steps=STEPS["base"], learning_rate=3e-3, seed=0, label="base")
+    train(base, tokenizer, rows, shown(range(STEPS["base"]), "base"), learning_rate=3e-3, seed=0)
     ability = copy.deepcopy(base)
-    train(ability, tokenizer, rows, steps=STEPS["ability"], learning_rate=5e-4, seed=1, label="ability model")
+    train(ability, tokenizer, rows, shown(range(STEPS["ability"]), "ability model"), learning_rate=5e-4, seed=1)
     # As Qwen2.5-Math does, the target has another rope_theta than its base.
     target = build_model(tokenizer, rope_theta=10_000.0)
     target.load_state_dict(base.state_dict())
     mathematics = [row for row in rows if row.domain == "math" and row.language in KEPT]
-    train(target, tokenizer, mathematics, steps=STEPS["target"], learning_rate=2e-3, seed=2, label="target")
+    train(target, tokenizer, mathematics, shown(range(STEPS["target"]), "target"), learning_rate=2e-3, seed=2)
     return {"base": base, "ability": ability, "target": target}
 
 
@@ -132,8 +138,7 @@ def _run(out_dir: Path, echo: Echo, command: Sequence[str], *, show_output: bool
     if show_output or done.returncode:
         echo(done.stdout.rstrip())
     if done.returncode:
-        echo(done.stderr.rstrip())
-        raise subprocess.CalledProcessError(done.returncode, list(command))
+        raise ValueError(f"{shlex.join(shown)} failed with exit code {done.returncode}:\n{done.stderr.rstrip()}")
 
 
 def _results(out_dir: Path, tokenizer: Any, rows: Sequence[Row]) -> str:
@@ -178,7 +183,7 @@ def _profiled_questions(out_dir: Path) -> set[tuple[str, str]]:
     seen = set()
     for name, ability in file.abilities.items():
         local = ability.model_copy(update={"dataset": str(out_dir / ability.dataset)})
-        taken, _ = select_rows(name, local, load_rows(name, local, local.split), offset=0, samples=local.samples)
+        taken, _ = select_rows(name, local, load_rows(name, local), offset=0, samples=local.samples)
         seen |= {(row["language"], row["prompt"]) for row in taken}
     return seen
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
-from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from mergekit_act.demo.tasks import LANGUAGES, Row
@@ -61,15 +60,15 @@ def build_model(tokenizer: Any, *, rope_theta: float, seed: int = 0) -> Any:
 
 
 def train(
-    model: Any, tokenizer: Any, rows: Sequence[Row], *, steps: int, learning_rate: float, seed: int, label: str
+    model: Any, tokenizer: Any, rows: Sequence[Row], steps: Collection[int], *, learning_rate: float, seed: int
 ) -> None:
-    """Train on random rows, answer tokens only; changes the model."""
+    """Train on random rows, answer tokens only, one batch per step; changes the model."""
     ids, labels = _encode(tokenizer, rows)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=len(steps), pct_start=0.1)
     model.train()
-    for _ in tqdm(range(steps), desc=label, unit="step"):
+    for _ in steps:
         batch = torch.randint(len(rows), (_BATCH,), generator=generator)
         loss = model(input_ids=ids[batch], labels=labels[batch]).loss
         loss.backward()

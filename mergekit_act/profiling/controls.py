@@ -69,8 +69,7 @@ def _weight_change(pair: ModelPair, module: str) -> Tensor:
 
 def _read(checkpoint: Checkpoint, layout: Layout, name: str) -> Tensor:
     """A tensor by any of the names that the model ties together."""
-    for candidate in layout.tied_names(name):
-        tensor = checkpoint.read(candidate)
-        if tensor is not None:
-            return tensor
-    raise ValueError(f'{checkpoint.reference} has no tensor "{name}"')
+    tensor = checkpoint.read(*layout.tied_names(name))
+    if tensor is None:
+        raise ValueError(f'{checkpoint.reference} has no tensor "{name}"')
+    return tensor

@@ -23,6 +23,7 @@ class ModelPair:
         layout: the target's channels.
         ability_layout: the ability model's; it may tie its head where the target does not.
         vocabulary: length of the vocabulary (embedding rows) that both have.
+        positions: longest sample that both models' position embeddings can take; None without such a table.
         shared_rows: head module -> number of its leading channels that both have, where the ability model's is shorter.
     """
 
@@ -32,12 +33,13 @@ class ModelPair:
     ability_layout: Layout
     vocabulary: int
     shared_rows: dict[str, int]
+    positions: int | None = None
     trust_remote_code: bool = False
 
-    def skeletons(self, dtype: Any) -> tuple[nn.Module, nn.Module]:
+    def skeletons(self) -> tuple[nn.Module, nn.Module]:
         """Both models without weights, each under its own config."""
         target, ability_model = (
-            build_skeleton(checkpoint.config, dtype=dtype, trust_remote_code=self.trust_remote_code)
+            build_skeleton(checkpoint.config, trust_remote_code=self.trust_remote_code)
             for checkpoint in (self.target, self.ability_model)
         )
         return target, ability_model
@@ -87,7 +89,14 @@ def open_pair(
     head = next((name for name, module in models[0].named_modules() if module is models[0].get_output_embeddings()), "")
     head_rows = [int(model.get_output_embeddings().weight.shape[0]) for model in models] if head else [0, 0]
     shared = {head: head_rows[1]} if head_rows[1] < head_rows[0] else {}
-    return ModelPair(first, second, layouts[0], layouts[1], min(rows), shared, trust_remote_code)
+    positions = min((length for model in models for length in _position_tables(model)), default=None)
+    return ModelPair(first, second, layouts[0], layouts[1], min(rows), shared, positions, trust_remote_code)
+
+
+def _position_tables(model: Any) -> list[int]:
+    """Lengths of the learned position embeddings (GPT-2's, OPT's); token ids are not positions."""
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    return [table.num_embeddings - int(getattr(table, "offset", 0)) for table in tables]
 
 
 def _vocabulary_parameters(model: Any) -> list[str]:

@@ -16,7 +16,7 @@ from mergekit_act.profiling.batches import MicroBatch, cut_batches
 from mergekit_act.profiling.pair import ModelPair
 from mergekit_act.profiling.segments import SegmentedModel
 
-__all__ = ["default_device", "default_dtype", "profile_pair"]
+__all__ = ["default_device", "default_dtype", "profile_pair", "usable_device"]
 
 # The head is compared in blocks of rows, so that its logits never need more than this on each side.
 _HEAD_BYTES = 1 << 28
@@ -28,6 +28,23 @@ def default_device() -> str:
     """The accelerator if there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator.type if accelerator is not None else "cpu"
+
+
+def usable_device(device: str | None) -> str:
+    """The device, or the default one for None.
+
+    Raises:
+        ValueError: PyTorch can't use it here.
+    """
+    device = device or default_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f'device "{device}" cannot be used here: {reason}; the default is {default_device()}'
+        ) from error
+    return device
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -61,13 +78,14 @@ def profile_pair(
         quiet: show no progress.
 
     Raises:
-        ValueError: a token id is not in both vocabularies, or a module's output can't be observed.
+        ValueError: the device can't be used, a token id is not in both vocabularies, a sample is longer than the
+            models' position embeddings, a module's output can't be observed, or activations are NaN or infinite.
     """
-    device = device or default_device()
+    device = usable_device(device)
     dtype = dtype or default_dtype(device)
-    _check_token_ids(abilities, pair.vocabulary)
+    _check_samples(abilities, pair)
     models = []
-    for skeleton, checkpoint in zip(pair.skeletons(dtype), (pair.target, pair.ability_model), strict=True):
+    for skeleton, checkpoint in zip(pair.skeletons(), (pair.target, pair.ability_model), strict=True):
         load_weights(skeleton, checkpoint, dtype=dtype, device=device)
         models.append(SegmentedModel(skeleton))
     target, ability_model = models
@@ -182,9 +200,15 @@ def _find_token_axes(model: SegmentedModel, pair: ModelPair, device: str) -> Tok
     raise ValueError(f"{model.name}: the token positions in these outputs cannot be told: {named}")
 
 
-def _check_token_ids(abilities: Sequence[AbilitySamples], vocabulary: int) -> None:
+def _check_samples(abilities: Sequence[AbilitySamples], pair: ModelPair) -> None:
+    vocabulary = pair.vocabulary
     for ability in abilities:
         for place, sample in enumerate(ability.samples):
+            if pair.positions is not None and len(sample.input_ids) > pair.positions:
+                raise ValueError(
+                    f'ability "{ability.name}": sample {place} has {len(sample.input_ids)} tokens; the models have '
+                    f"{pair.positions} positions. Set max_length to {pair.positions} or less"
+                )
             low, high = int(sample.input_ids.min()), int(sample.input_ids.max())
             if low < 0 or high >= vocabulary:
                 raise ValueError(
@@ -194,8 +218,15 @@ def _check_token_ids(abilities: Sequence[AbilitySamples], vocabulary: int) -> No
 
 
 def _profile(pair: ModelPair, ability: AbilitySamples, sums: DifferenceSums, dtype: torch.dtype) -> Profile:
+    scores = sums.means()
+    spoilt = [module for module, column in scores.items() if not torch.isfinite(column).all()]
+    if spoilt:
+        raise ValueError(
+            f'ability "{ability.name}": activations of {len(spoilt)} modules are NaN or infinite in {dtype} (the first '
+            f'is "{spoilt[0]}"); try --dtype float32, and see whether the models\' weights are finite'
+        )
     return Profile(
-        scores=sums.means(),
+        scores=scores,
         layout=pair.layout,
         criterion="activation",
         ability=ability.name,

@@ -11,7 +11,7 @@ from mergekit_act.artifacts import save_profile
 from mergekit_act.files import check_free
 from mergekit_act.profiling.controls import profile_without_data
 from mergekit_act.profiling.pair import open_pair
-from mergekit_act.profiling.profiler import profile_pair
+from mergekit_act.profiling.profiler import profile_pair, usable_device
 
 __all__ = ["write_profiles"]
 
@@ -56,9 +56,12 @@ def write_profiles(
     names = list(file.abilities) if criterion == "activation" else [criterion]
     paths = [out_dir / f"{name}.safetensors" for name in names]
     check_free(paths, overwrite=overwrite)
+    device = usable_device(device)
     pair = open_pair(
         file.target, file.ability_model, lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code
     )
+    if pair.target.fingerprint == pair.ability_model.fingerprint:
+        raise ValueError(f"{file.target} and {file.ability_model} are the same model; there is nothing to transfer")
     if criterion == "activation":
         tokenizers = Tokenizers(file.target, file.ability_model, trust_remote_code)
         abilities = [collect_samples(file, name, tokenizers) for name in file.abilities]
