@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,8 +36,22 @@ class MicroBatch:
             self.input_ids.to(device), self.sample_of.to(device), self.position_of.to(device), self.tokens
         )
 
-    def answer_rows(self, output: Tensor, token_axis: int | None) -> Tensor:
-        """A module's output at the answer tokens: a copy, ``[answer tokens × others, channels]``.
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(sample, first, last + 1) of every stretch of answer tokens."""
+        samples, positions = self.sample_of.tolist(), self.position_of.tolist()
+        starts = [
+            place
+            for place in range(len(samples))
+            if place == 0 or (samples[place - 1], positions[place - 1] + 1) != (samples[place], positions[place])
+        ]
+        ends = [*starts[1:], len(samples)]
+        return [(samples[a], positions[a], positions[b - 1] + 1) for a, b in zip(starts, ends, strict=True)]
+
+    def answer_rows(self, output: Tensor, token_axis: int | None) -> list[Tensor]:
+        """A module's output at the answer tokens, in parts ``[rows, channels]`` that are the same for both models.
+
+        On the CPU these are views of the output, which reads it once; elsewhere one copy, which is one kernel.
 
         Args:
             output: the channels are its last dimension.
@@ -44,15 +59,17 @@ class MicroBatch:
         """
         batch, length = self.input_ids.shape
         if token_axis is None:
-            rows = output.index_select(0, self.sample_of * length + self.position_of)
-        elif output.ndim == 2 or output.shape[0] != batch:  # the same for all samples: position embeddings
-            by_position = output if token_axis == 0 else output.movedim(token_axis, 1)[0]
-            rows = by_position.index_select(0, self.position_of)
-        elif token_axis == 1 and output.is_contiguous():
-            rows = output.flatten(0, 1).index_select(0, self.sample_of * length + self.position_of)
+            by_sample = output.reshape(batch, length, *output.shape[1:])
+        elif token_axis == 0:
+            by_sample = output.unsqueeze(0)
         else:
-            rows = output.movedim(token_axis, 1)[self.sample_of, self.position_of]
-        return rows.flatten(0, -2)
+            by_sample = output.movedim(token_axis, 1)
+        shared = len(by_sample) != batch  # one output for all samples: position embeddings
+        if output.device.type == "cpu":
+            return [by_sample[0 if shared else sample, a:b].flatten(0, -2) for sample, a, b in self.runs]
+        if shared:
+            return [by_sample[0].index_select(0, self.position_of).flatten(0, -2)]
+        return [by_sample[self.sample_of, self.position_of].flatten(0, -2)]
 
 
 def cut_batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[MicroBatch]:

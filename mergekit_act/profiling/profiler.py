@@ -10,18 +10,17 @@ from tqdm import tqdm
 
 from mergekit_act.abilities import AbilitySamples
 from mergekit_act.artifacts import Profile
-from mergekit_act.channels import Layout
 from mergekit_act.checkpoints import load_weights
 from mergekit_act.profiling.batches import MicroBatch, cut_batches
+from mergekit_act.profiling.outputs import KeptOutput, OutputForms, find_output_forms
 from mergekit_act.profiling.pair import ModelPair
 from mergekit_act.profiling.segments import SegmentedModel
+from mergekit_act.profiling.sums import DifferenceSums
 
-__all__ = ["default_device", "default_dtype", "profile_pair", "usable_device"]
+__all__ = ["add_differences", "default_device", "default_dtype", "profile_pair", "usable_device"]
 
 # The head is compared in blocks of rows, so that its logits never need more than this on each side.
 _HEAD_BYTES = 1 << 28
-
-TokenAxes = dict[str, int | None]
 
 
 def default_device() -> str:
@@ -92,112 +91,52 @@ def profile_pair(
     modules = pair.layout.modules
     tokens = sum(len(sample.input_ids) for ability in abilities for sample in ability.samples)
     with (
-        torch.inference_mode(),
+        torch.no_grad(),  # not inference mode, in which tensors don't count their changes
         target.observing(modules),
         ability_model.observing(modules),
         tqdm(total=tokens, unit="tok", unit_scale=True, desc="Profiling", disable=quiet) as progress,
     ):
-        axes = _find_token_axes(target, pair, device)
+        forms = find_output_forms(target, pair.layout, pair.vocabulary, device)
         profiles = []
         for ability in abilities:
             sums = DifferenceSums(pair.layout, device)
             for batch in cut_batches(ability.samples, batch_tokens):
-                _add_differences(target, ability_model, batch.to(device), axes, sums)
+                add_differences(target, ability_model, batch.to(device), forms, sums)
                 progress.update(batch.tokens)
             profiles.append(_profile(pair, ability, sums, dtype))
     return profiles
 
 
-class DifferenceSums:
-    """Sums of absolute activation differences per channel, and how many were added: kept apart, wide."""
-
-    def __init__(self, layout: Layout, device: str) -> None:
-        sizes = [layout.channel_count([module]) for module in layout.modules]
-        self.vector = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        self.sums = dict(zip(layout.modules, torch.split(self.vector, sizes), strict=True))
-        self.counts = dict.fromkeys(layout.modules, 0)
-
-    def add(self, module: str, target: Tensor, ability_model: Tensor) -> None:
-        """Add abs(ability_model − target), rows ``[rows, channels]``; of two vocabularies the part both have.
-
-        The ability model's rows are overwritten if they are float32.
-        """
-        channels = min(target.shape[-1], ability_model.shape[-1])
-        difference = ability_model[:, :channels].float().sub_(target[:, :channels]).abs_()
-        self.sums[module][:channels] += difference.sum(0)
-        self.counts[module] += len(difference)
-
-    def means(self) -> dict[str, Tensor]:
-        """module -> float32 ``[channels]``, on the CPU."""
-        return {m: (total / self.counts[m]).float().cpu() for m, total in self.sums.items()}
-
-
-def _add_differences(
-    target: SegmentedModel, ability_model: SegmentedModel, batch: MicroBatch, axes: TokenAxes, sums: DifferenceSums
+def add_differences(
+    target: SegmentedModel, ability_model: SegmentedModel, batch: MicroBatch, forms: OutputForms, sums: DifferenceSums
 ) -> None:
     """Run one micro-batch through both models, segment by segment, and add up the differences."""
-    kept: dict[str, list[Tensor]] = {}
+    kept: dict[str, list[KeptOutput]] = {}
 
     def keep(module: str, output: Tensor) -> None:
-        kept.setdefault(module, []).append(batch.answer_rows(output, axes[module]))
+        kept.setdefault(module, []).append(forms.keep(module, output, batch))
 
     def compare(module: str, output: Tensor) -> None:
-        sums.add(module, kept[module].pop(0), batch.answer_rows(output, axes[module]))
+        rows = kept[module].pop(0).read(module)
+        sums.add(module, rows, batch.answer_rows(output, forms.token_axes[module]))
+
+    def keep_rows(module: str, output: Tensor) -> None:
+        kept.setdefault(module, []).append(KeptOutput([output]))
+
+    def compare_rows(module: str, output: Tensor) -> None:
+        sums.add(module, kept[module].pop(0).rows, [output])
 
     first = target.embed(batch.input_ids, keep)
     second = ability_model.embed(batch.input_ids, compare)
     for index in range(len(target.layers)):
         target.layer(index, first, keep)
         ability_model.layer(index, second, compare)
-    rows = batch.answer_rows(target.normalise(first, keep), 1)
-    other_rows = batch.answer_rows(ability_model.normalise(second, compare), 1)
+    heads = ((target, target.normalise(first, keep)), (ability_model, ability_model.normalise(second, compare)))
+    rows, other_rows = (torch.cat(batch.answer_rows(hidden, 1)) for _, hidden in heads)
     block = max(1, _HEAD_BYTES // (target.head.out_features * rows.element_size()))
     for some, others in zip(torch.split(rows, block), torch.split(other_rows, block), strict=True):
-        target.run_head(some, lambda module, output: kept.setdefault(module, []).append(output))
-        ability_model.run_head(others, lambda module, output: sums.add(module, kept[module].pop(0), output))
-
-
-def _find_token_axes(model: SegmentedModel, pair: ModelPair, device: str) -> TokenAxes:
-    """Which dimension of each module's output are token positions, from one small batch of an unmistakable shape.
-
-    Raises:
-        ValueError: a module with channels put nothing out, or its positions can't be told from its other dimensions.
-    """
-    unclear: dict[str, tuple[int, ...]] = {}
-    for length in (7, 11, 13, 17):
-        batch = 3
-        shapes: dict[str, tuple[int, ...]] = {}
-
-        def note(module: str, output: Tensor, shapes: dict[str, tuple[int, ...]] = shapes) -> None:
-            if not isinstance(output, Tensor):
-                raise ValueError(f'module "{module}" puts out a {type(output).__name__}, expected one tensor')
-            shapes[module] = tuple(output.shape)
-
-        ids = torch.arange(batch * length, device=device).reshape(batch, length) % pair.vocabulary
-        carried = model.embed(ids, note)
-        for index in range(len(model.layers)):
-            model.layer(index, carried, note)
-        model.run_head(model.normalise(carried, note), note)
-        unseen = [module for module in pair.layout.modules if module not in shapes]
-        if unseen:
-            raise ValueError(
-                f"{model.name}: {len(unseen)} modules with channels put nothing out that can be observed: "
-                f"{', '.join(unseen[:10])}"
-            )
-        axes: TokenAxes = {}
-        unclear = {}
-        for module, shape in shapes.items():
-            candidates = [axis for axis, size in enumerate(shape[:-1]) if size == length]
-            if len(candidates) == 1 and shape[-1] == pair.layout.channel_shape(module)[0]:
-                axes[module] = candidates[0]
-            elif shape[0] == batch * length:
-                axes[module] = None
-            else:
-                unclear[module] = shape
-        if not unclear:
-            return axes
-    named = ", ".join(f'"{module}" {list(shape)}' for module, shape in list(unclear.items())[:10])
-    raise ValueError(f"{model.name}: the token positions in these outputs cannot be told: {named}")
+        target.run_head(some, keep_rows)
+        ability_model.run_head(others, compare_rows)
 
 
 def _check_samples(abilities: Sequence[AbilitySamples], pair: ModelPair) -> None:

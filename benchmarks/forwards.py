@@ -1,0 +1,107 @@
+"""Profiling against the bare forward passes that it cannot do without, in one run, alternating.
+
+    python benchmarks/forwards.py [--model 100m] [--device cpu] [--dtype float32] [--rounds 7]
+
+Makes a random pair in memory-mapped files, and times, over the same padded batches: two bare forwards with the head at
+answer positions, two bare forwards with the full head, and the profiler. The yardstick runs in inference mode without
+cache. Prints medians and ratios.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+from random_pair import CONFIGS, make_pair
+from torch import Tensor, nn
+
+from mergekit_act.abilities import AbilitySamples, Sample
+from mergekit_act.checkpoints import load_weights
+from mergekit_act.profiling import open_pair
+from mergekit_act.profiling.batches import MicroBatch, cut_batches
+from mergekit_act.profiling.outputs import find_output_forms
+from mergekit_act.profiling.profiler import add_differences
+from mergekit_act.profiling.segments import SegmentedModel
+from mergekit_act.profiling.sums import DifferenceSums
+from mergekit_act.report import table
+
+
+def random_ability(samples: int, tokens: int, vocabulary: int) -> AbilitySamples:
+    """Samples of equal length whose second half is the answer."""
+    generator = torch.Generator().manual_seed(0)
+    is_answer = torch.arange(tokens) >= tokens // 2
+    ids = torch.randint(0, vocabulary, (samples, tokens), generator=generator)
+    return AbilitySamples("x", tuple(Sample(row, is_answer) for row in ids), {})
+
+
+def bare_forward(model: nn.Module, batch: MicroBatch, *, full_head: bool) -> Tensor:
+    """The model's own forward, with its head at all positions or at the answer's."""
+    if full_head:
+        return model(input_ids=batch.input_ids, use_cache=False).logits
+    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    return model.get_output_embeddings()(hidden[batch.sample_of, batch.position_of])
+
+
+@click.command()
+@click.option("--model", type=click.Choice(list(CONFIGS)), default="100m", show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--samples", default=16, show_default=True)
+@click.option("--tokens", default=256, show_default=True)
+@click.option("--batch-tokens", default=4096, show_default=True)
+@click.option("--rounds", default=7, show_default=True)
+def main(model: str, device: str, dtype: str, samples: int, tokens: int, batch_tokens: int, rounds: int) -> None:
+    kind = getattr(torch, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        pair = open_pair(*map(str, make_pair(model, Path(folder), kind)))
+        models = pair.skeletons()
+        for skeleton, checkpoint in zip(models, (pair.target, pair.ability_model), strict=True):
+            load_weights(skeleton, checkpoint, dtype=kind, device=device)
+        segmented = [SegmentedModel(one) for one in models]
+        ability = random_ability(samples, tokens, pair.vocabulary)
+        batches = [batch.to(device) for batch in cut_batches(ability.samples, batch_tokens)]
+
+        def profile() -> None:
+            observing = (one.observing(pair.layout.modules) for one in segmented)
+            with torch.no_grad(), next(observing), next(observing):
+                sums = DifferenceSums(pair.layout, device)
+                for batch in batches:
+                    add_differences(*segmented, batch, forms, sums)
+
+        @torch.inference_mode()
+        def forwards(full_head: bool) -> None:
+            for batch in batches:
+                for one in models:
+                    bare_forward(one, batch, full_head=full_head)
+
+        runs = {
+            "two bare forwards, head at answers": lambda: forwards(False),
+            "two bare forwards, full head": lambda: forwards(True),
+            "profile": profile,
+        }
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        with segmented[0].observing(pair.layout.modules):
+            forms = find_output_forms(segmented[0], pair.layout, pair.vocabulary, device)
+        for name in list(runs) * (rounds + 1):
+            started = time.perf_counter()
+            runs[name]()
+            if device != "cpu":
+                torch.accelerator.synchronize()
+            times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
+    yardstick, full, _ = medians.values()
+    rows = [
+        [name, f"{median:.3f}", f"{median / yardstick:.3f}", f"{median / full:.3f}"] for name, median in medians.items()
+    ]
+    print(
+        f"{model}, {dtype}, {device}, {samples} samples of {tokens} tokens, half answer, medians of {rounds} alternating rounds"
+    )
+    print(table(["", "seconds", "to answers' head", "to full head"], rows))
+
+
+if __name__ == "__main__":
+    main()
