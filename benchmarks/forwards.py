@@ -98,7 +98,8 @@ def main(model: str, device: str, dtype: str, samples: int, tokens: int, batch_t
         [name, f"{median:.3f}", f"{median / yardstick:.3f}", f"{median / full:.3f}"] for name, median in medians.items()
     ]
     print(
-        f"{model}, {dtype}, {device}, {samples} samples of {tokens} tokens, half answer, medians of {rounds} alternating rounds"
+        f"{model}, {dtype}, {device}, {samples} samples of {tokens} tokens, half answer, medians of {rounds} "
+        "alternating rounds"
     )
     print(table(["", "seconds", "to answers' head", "to full head"], rows))
 
