@@ -16,7 +16,15 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Layout", "build_skeleton", "channel_layout", "is_fused_experts", "kind_pattern", "layout_of_model"]
+__all__ = [
+    "Layout",
+    "build_skeleton",
+    "channel_layout",
+    "is_fused_experts",
+    "is_router",
+    "kind_pattern",
+    "layout_of_model",
+]
 
 Shape = tuple[int, ...]
 
@@ -165,7 +173,8 @@ def is_fused_experts(module: nn.Module) -> bool:
     return any(p.ndim == 3 and name.endswith("_proj") for name, p in module.named_parameters(recurse=False))
 
 
-def _is_router(module: nn.Module) -> bool:
+def is_router(module: nn.Module) -> bool:
+    """Whether the module holds a router's ``[experts, hidden]`` weight without being a linear layer."""
     weight = getattr(module, "weight", None)
     named = re.search(r"router|gate$", type(module).__name__, re.IGNORECASE)
     return named is not None and isinstance(weight, nn.Parameter) and weight.ndim == 2
@@ -187,7 +196,7 @@ def _channel_axes(module: nn.Module) -> Iterator[tuple[str, tuple[tuple[str, int
         yield "", (("weight", 1), *with_bias)
     elif isinstance(module, nn.Linear) and weight is not None and weight.ndim == 2:
         yield "", (("weight", 0), *with_bias)
-    elif _is_norm(module) or _is_router(module):
+    elif _is_norm(module) or is_router(module):
         # A router's bias shifts the same logits as its row, so it goes with it.
         yield "", (("weight", 0), *with_bias)
     elif is_fused_experts(module):

@@ -115,9 +115,11 @@ class Checkpoint:
             if candidate in self.headers:
                 stored: Tensor = self.loader.get_tensor(candidate)
                 return stored
+        layers = {_layer(name) for name in names}
         sources: dict[str, Callable[[], Tensor]] = {
             key: (lambda key=key: self.loader.get_tensor(key))  # type: ignore[misc]
-            for key in self.loader.index.tensor_paths
+            for key in self.headers
+            if _layer(key) in layers  # all of a large mixture of experts would take as long as a forward pass
         }
         # Transformers keeps its conversions under the class's name or the model type.
         for family in (*(self.config.architectures or ()), self.config.model_type):
@@ -239,6 +241,11 @@ def _read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
     if end != size:
         raise ValueError(f"{size} bytes, its header says {end}")
     return {name: TensorHeader(entry["dtype"], tuple(entry["shape"]), path.name) for name, entry in entries.items()}
+
+
+def _layer(name: str) -> str | None:
+    """The first index in a tensor's name: its layer's."""
+    return next((part for part in name.split(".") if part.isdigit()), None)
 
 
 def _one_line(error: Exception) -> str:

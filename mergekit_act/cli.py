@@ -124,10 +124,13 @@ def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **
     """
     from mergekit_act.abilities import load_abilities
     from mergekit_act.profiling import write_profiles
+    from mergekit_act.report import list_expert_tokens
 
     file = load_abilities(abilities_file)
-    for path in write_profiles(file, out_dir, criterion=criterion, quiet=quiet, **options):
+    for path, made in write_profiles(file, out_dir, criterion=criterion, quiet=quiet, **options).items():
         click.echo(path)
+        if "expert_tokens" in made.data:
+            click.echo(list_expert_tokens(made))
 
 
 @main.command()

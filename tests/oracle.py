@@ -58,6 +58,55 @@ def plain_profile(
     return scores
 
 
+def plain_experts(
+    target: Path, ability: Path, samples: Sequence[tuple[list[int], list[bool]]]
+) -> dict[str, torch.Tensor]:
+    """The scores of experts and routers: every expert's outputs for every token, 0 where it was not chosen."""
+    dense: list[dict[str, list[torch.Tensor]]] = []
+    for folder in (target, ability):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        found: dict[str, list[torch.Tensor]] = {}
+        answers: list[int] = []
+
+        def at_experts(module, inputs, *, name, found=found, answers=answers):
+            hidden, index, _ = inputs
+            transposed = getattr(module, "is_transposed", False)
+            up = torch.zeros(len(hidden), *module.gate_up_proj.shape[:: 2 if transposed else 1][:2])
+            down = torch.zeros(len(hidden), *module.down_proj.shape[:: 2 if transposed else 1][:2])
+            for t, chosen in enumerate(index.tolist()):
+                for e in chosen:
+                    for into, weight, vector in (
+                        (up, "gate_up_proj", lambda t=t: hidden[t]),
+                        (down, "down_proj", lambda t=t, e=e: module._apply_gate(up[t, e][None])[0]),
+                    ):
+                        matrix = getattr(module, weight)[e]
+                        into[t, e] = (matrix.T if transposed else matrix) @ vector()
+                        if hasattr(module, f"{weight}_bias"):
+                            into[t, e] += getattr(module, f"{weight}_bias")[e]
+            found.setdefault(f"{name}.gate_up_proj", []).append(up[answers])
+            found.setdefault(f"{name}.down_proj", []).append(down[answers])
+
+        def at_router(module, inputs, *, name, found=found, answers=answers):
+            hidden = inputs[0].reshape(-1, module.weight.shape[1])
+            logits = hidden @ module.weight.T + getattr(module, "bias", 0)
+            found.setdefault(name, []).append(logits[answers])
+
+        for name, module in model.named_modules():
+            if name.endswith(".experts"):
+                module.register_forward_pre_hook(lambda m, i, name=name, do=at_experts: do(m, i, name=name))
+            elif type(module).__name__.endswith("Router"):
+                module.register_forward_pre_hook(lambda m, i, name=name, do=at_router: do(m, i, name=name))
+        with torch.no_grad():
+            for ids, is_answer in samples:
+                answers[:] = [t for t, answer in enumerate(is_answer) if answer]
+                model(input_ids=torch.tensor([ids]), use_cache=False)
+        dense.append(found)
+    return {
+        name: (torch.cat(dense[1][name]).double() - torch.cat(parts).double()).abs().mean(0)
+        for name, parts in dense[0].items()
+    }
+
+
 def _at(output: torch.Tensor, length: int, positions: list[int]) -> torch.Tensor:
     axis = list(output.shape[:-1]).index(length)
     rows = output.double().index_select(axis, torch.tensor(positions))

@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from conftest import make_model, make_tokenizer, tiny_config
-from oracle import plain_profile
+from conftest import SIZES, make_model, make_tokenizer, tiny_config
+from oracle import plain_experts, plain_profile
 from safetensors.torch import load_file, save_file
 
 from mergekit_act.abilities import AbilitySamples, Sample
 from mergekit_act.artifacts import load_profile
+from mergekit_act.channels import layout_of_model
 from mergekit_act.cli import main
 from mergekit_act.profiling import open_pair, profile_pair, profile_without_data
 from mergekit_act.profiling.batches import cut_batches
@@ -65,6 +66,55 @@ def test_profiles_equal_whole_forwards_with_hooks(pair_of, name):
     assert profile.samples == 5
     assert profile.answer_tokens == 8 + 4 + 30 + 1 + 4
     assert profile.dtype == "float32"
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_every_expert_and_router_is_scored(pair_of, name):
+    """The two models route differently; an expert that a token is not routed to has activation 0 for it."""
+    target, ability = pair_of(name)
+    pair = open_pair(str(target), str(ability))
+    samples = random_samples()
+    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32, batch_tokens=64)
+    plain = [m for m in pair.layout.modules if "experts" not in m and not m.endswith((".gate", ".router"))]
+    expected = plain_profile(target, ability, samples, plain) | plain_experts(target, ability, samples)
+    assert_close(profile.scores, {module: expected[module] for module in pair.layout.modules})
+    answers = 8 + 4 + 30 + 1 + 4
+    assert [sum(counts) for counts in profile.data["expert_tokens"].values()] == [2 * answers] * 2
+
+
+def test_segments_of_experts_give_the_models_own_logits(pair_of):
+    model = transformers.AutoModelForCausalLM.from_pretrained(pair_of("gpt_oss")[0], dtype=torch.float32).eval()
+    segmented = SegmentedModel(model)
+    ids = torch.arange(3, 45).reshape(3, 14)
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        with segmented.observing(layout_of_model(model).modules):
+            carried = segmented.embed(ids)
+            for index in range(len(segmented.layers)):
+                segmented.layer(index, carried)
+            logits = segmented.run_head(segmented.normalise(carried))
+        torch.testing.assert_close(logits, whole, rtol=1e-5, atol=1e-6)
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, whole)  # the model is as it was
+
+
+def test_experts_that_do_not_show_their_outputs_are_refused(tmp_path):
+    config = transformers.Llama4TextConfig(
+        **SIZES | {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48, "bos_token_id": 1}
+    )
+    folders = [make_model(config, tmp_path / name, seed=i) for i, name in enumerate("ta")]
+    pair = open_pair(*map(str, folders))
+    with pytest.raises(ValueError, match=r'the experts of "model\.layers\.0\.feed_forward\.experts" do not show their'):
+        profile_pair(pair, [as_ability(random_samples())], device="cpu", dtype=torch.float32)
+
+
+def test_weight_criterion_of_experts(pair_of):
+    target, ability = pair_of("gpt_oss")
+    states = [transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (target, ability)]
+    profile = profile_without_data(open_pair(str(target), str(ability)), "weight")
+    name = "model.layers.1.mlp.experts.down_proj"
+    change, bias = (states[1][key].double() - states[0][key].double() for key in (name, f"{name}_bias"))
+    expected = (change.square().sum(1) + bias.square()).sqrt()
+    torch.testing.assert_close(profile.scores[name].double(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_left_padding_gives_the_same_scores(pair_of):
@@ -219,8 +269,6 @@ def test_pairs_that_do_not_fit_are_refused(pair_of, tmp_path):
     )
     assert "ties its head to its embedding (model.embed_tokens.weight = lm_head.weight) and" in refusal(tied, qwen2)
     assert open_pair(str(qwen2), str(tied)).ability_layout.tied  # the other way round is fine
-    moe = pair_of("qwen3_moe")[0]
-    assert "(qwen3_moe) is a mixture of experts" in refusal(moe, moe)
     assert "; expected a model folder or a Hub id" in refusal(tmp_path / "no", qwen2)
 
 

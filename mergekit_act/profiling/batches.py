@@ -48,6 +48,14 @@ class MicroBatch:
         ends = [*starts[1:], len(samples)]
         return [(samples[a], positions[a], positions[b - 1] + 1) for a, b in zip(starts, ends, strict=True)]
 
+    @cached_property
+    def answer_places(self) -> Tensor:
+        """int64 ``[batch × tokens]``: the place of each token among the answer tokens, −1 for the others."""
+        places = torch.full((self.input_ids.numel(),), -1, device=self.input_ids.device)
+        answers = self.sample_of * self.input_ids.shape[1] + self.position_of
+        places[answers] = torch.arange(len(answers), device=places.device)
+        return places
+
     def answer_rows(self, output: Tensor, token_axis: int | None) -> list[Tensor]:
         """A module's output at the answer tokens, in parts ``[rows, channels]`` that are the same for both models.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,7 @@ def profile_without_data(pair: ModelPair, criterion: str, *, random_seed: int = 
         scores = {module: _weight_change(pair, module) for module in layout.modules}
     elif criterion == "random":
         generator = torch.Generator().manual_seed(random_seed)
-        scores = {m: torch.rand(math.prod(layout.channel_shape(m)), generator=generator) for m in layout.modules}
+        scores = {module: torch.rand(layout.channel_shape(module), generator=generator) for module in layout.modules}
         for module, rows in pair.shared_rows.items():
             scores[module][rows:] = 0
     else:
@@ -50,16 +48,18 @@ def profile_without_data(pair: ModelPair, criterion: str, *, random_seed: int = 
 
 
 def _weight_change(pair: ModelPair, module: str) -> Tensor:
-    """The l2 norm of each channel's change, float32 ``[channels]``."""
+    """The l2 norm of each channel's change, float32 ``[channels]`` (``[experts, channels]``)."""
     squares: Tensor | None = None
+    of_experts = len(pair.layout.channel_shape(module)) == 2
     for name, axis in pair.layout.parameters[module]:
         target = _read(pair.target, pair.layout, name)
         ability_model = _read(pair.ability_model, pair.ability_layout, name)
         rows = min(len(target), len(ability_model))
         change = ability_model[:rows].to(torch.float32, copy=True).sub_(target[:rows]).square_()
-        other = [dimension for dimension in range(change.ndim) if dimension != axis]
+        kept = {0, axis} if of_experts else {axis}
+        other = [dimension for dimension in range(change.ndim) if dimension not in kept]
         part = change.sum(dim=other, dtype=torch.float64) if other else change.double()
-        if len(part) < target.shape[axis]:
+        if not of_experts and len(part) < target.shape[axis]:
             part = torch.nn.functional.pad(part, (0, target.shape[axis] - len(part)))
         squares = part if squares is None else squares + part
     if squares is None:

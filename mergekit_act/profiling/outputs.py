@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_act.channels import Layout
 from mergekit_act.profiling.batches import MicroBatch
+from mergekit_act.profiling.experts import ExpertOutput
 from mergekit_act.profiling.segments import SegmentedModel
 
 __all__ = ["KeptOutput", "OutputForms", "find_output_forms"]
@@ -30,8 +32,10 @@ class OutputForms:
     token_axes: dict[str, int | None]
     changed_later: frozenset[str]
 
-    def keep(self, module: str, output: Tensor, batch: MicroBatch) -> KeptOutput:
+    def keep(self, module: str, output: Tensor | ExpertOutput, batch: MicroBatch) -> KeptOutput:
         """Keep an output at the answer tokens, as it is now."""
+        if isinstance(output, ExpertOutput):
+            return KeptOutput(output.at(batch.answer_places))
         if output.device.type == "cpu" and module in self.changed_later:
             output = output.clone()
         rows = batch.answer_rows(output, self.token_axes[module])
@@ -44,16 +48,16 @@ class KeptOutput:
     """The target's output at the answer tokens, until the ability model's comes.
 
     Attributes:
-        rows: parts of ``[rows, channels]``, borrowed from ``source`` on a CPU.
+        rows: parts of ``[rows, channels]``, borrowed from ``source`` on a CPU; or those of experts.
         source: the whole output.
         version: PyTorch's count of its changes when it was kept.
     """
 
-    rows: Sequence[Tensor]
+    rows: Sequence[Tensor] | ExpertOutput
     source: Tensor | None = None
     version: int = 0
 
-    def read(self, module: str) -> Sequence[Tensor]:
+    def read(self, module: str) -> Sequence[Tensor] | ExpertOutput:
         """The rows.
 
         Raises:
@@ -89,6 +93,8 @@ def find_output_forms(model: SegmentedModel, layout: Layout, vocabulary: int, de
         axes: dict[str, int | None] = {}
         unclear = {}
         for module, (output, _) in outputs.items():
+            if isinstance(output, ExpertOutput):
+                continue
             shape = tuple(output.shape)
             candidates = [axis for axis, size in enumerate(shape[:-1]) if size == length]
             if len(candidates) == 1 and shape[-1] == layout.channel_shape(module)[0]:
@@ -98,20 +104,19 @@ def find_output_forms(model: SegmentedModel, layout: Layout, vocabulary: int, de
             else:
                 unclear[module] = shape
         if not unclear:
-            changed = (module for module, (output, version) in outputs.items() if output._version != version)
+            plain = {m: entry for m, entry in outputs.items() if m in axes}
+            changed = (module for module, (output, version) in plain.items() if output._version != version)
             return OutputForms(axes, frozenset(changed))
     named = ", ".join(f'"{module}" {list(shape)}' for module, shape in list(unclear.items())[:10])
     raise ValueError(f"{model.name}: the token positions in these outputs cannot be told: {named}")
 
 
-def _observe(model: SegmentedModel, input_ids: Tensor) -> dict[str, tuple[Tensor, int]]:
+def _observe(model: SegmentedModel, input_ids: Tensor) -> dict[str, tuple[Any, int]]:
     """module -> its output, and how often it had been changed when it was put out."""
-    outputs: dict[str, tuple[Tensor, int]] = {}
+    outputs: dict[str, tuple[Any, int]] = {}
 
-    def note(module: str, output: Tensor) -> None:
-        if not isinstance(output, Tensor):
-            raise ValueError(f'module "{module}" puts out a {type(output).__name__}, expected one tensor')
-        outputs[module] = (output, output._version)
+    def note(module: str, output: Any) -> None:
+        outputs[module] = (output, 0 if isinstance(output, ExpertOutput) else output._version)
 
     carried = model.embed(input_ids, note)
     for index in range(len(model.layers)):

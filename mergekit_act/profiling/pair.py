@@ -56,8 +56,8 @@ def open_pair(
 
     Raises:
         FileNotFoundError: a model folder, its config or its weights are missing.
-        ValueError: the models differ in their modules, the target ties its head and the ability model does not, a
-            model is quantised or has fused experts.
+        ValueError: the models differ in their modules, the target ties its head and the ability model does not, or a
+            model is quantised.
     """
     first, second = (
         open_checkpoint(reference, lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code)
@@ -78,12 +78,6 @@ def open_pair(
         raise ValueError(
             f"{target} ties its head to its embedding ({' = '.join(layouts[0].tied[0])}) and {ability_model} does not; "
             "there is no one matrix to transfer to. Untie the target first"
-        )
-    experts = [module for module in layouts[0].modules if len(layouts[0].channel_shape(module)) == 2]
-    if experts:
-        raise ValueError(
-            f"{target} ({first.config.model_type}) is a mixture of experts ({len(experts)} modules such as "
-            f'"{experts[0]}"), whose experts cannot be profiled yet'
         )
     rows = [model.get_input_embeddings().weight.shape[0] for model in models]
     head = next((name for name, module in models[0].named_modules() if module is models[0].get_output_embeddings()), "")

@@ -12,6 +12,7 @@ from mergekit_act.abilities import AbilitySamples
 from mergekit_act.artifacts import Profile
 from mergekit_act.checkpoints import load_weights
 from mergekit_act.profiling.batches import MicroBatch, cut_batches
+from mergekit_act.profiling.experts import ExpertOutput
 from mergekit_act.profiling.outputs import KeptOutput, OutputForms, find_output_forms
 from mergekit_act.profiling.pair import ModelPair
 from mergekit_act.profiling.segments import SegmentedModel
@@ -113,18 +114,23 @@ def add_differences(
     """Run one micro-batch through both models, segment by segment, and add up the differences."""
     kept: dict[str, list[KeptOutput]] = {}
 
-    def keep(module: str, output: Tensor) -> None:
+    def keep(module: str, output: Tensor | ExpertOutput) -> None:
         kept.setdefault(module, []).append(forms.keep(module, output, batch))
 
-    def compare(module: str, output: Tensor) -> None:
+    def compare(module: str, output: Tensor | ExpertOutput) -> None:
         rows = kept[module].pop(0).read(module)
-        sums.add(module, rows, batch.answer_rows(output, forms.token_axes[module]))
+        if isinstance(rows, ExpertOutput) and isinstance(output, ExpertOutput):
+            sums.add_experts(module, rows, output.at(batch.answer_places), answers=len(batch.sample_of))
+        elif isinstance(output, Tensor) and not isinstance(rows, ExpertOutput):
+            sums.add(module, rows, batch.answer_rows(output, forms.token_axes[module]))
 
     def keep_rows(module: str, output: Tensor) -> None:
         kept.setdefault(module, []).append(KeptOutput([output]))
 
     def compare_rows(module: str, output: Tensor) -> None:
-        sums.add(module, kept[module].pop(0).rows, [output])
+        rows = kept[module].pop(0).rows
+        if not isinstance(rows, ExpertOutput):
+            sums.add(module, rows, [output])
 
     first = target.embed(batch.input_ids, keep)
     second = ability_model.embed(batch.input_ids, compare)
@@ -174,6 +180,6 @@ def _profile(pair: ModelPair, ability: AbilitySamples, sums: DifferenceSums, dty
         samples=len(ability.samples),
         answer_tokens=ability.answer_tokens,
         dtype=str(dtype).removeprefix("torch."),
-        data=ability.data,
+        data=ability.data | ({"expert_tokens": sums.expert_tokens} if sums.expert_tokens else {}),
         shared_rows=pair.shared_rows,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers, collect_samples
-from mergekit_act.artifacts import save_profile
+from mergekit_act.artifacts import Profile, save_profile
 from mergekit_act.files import check_free
 from mergekit_act.profiling.controls import profile_without_data
 from mergekit_act.profiling.pair import open_pair
@@ -29,7 +29,7 @@ def write_profiles(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-) -> list[Path]:
+) -> dict[Path, Profile]:
     """Profile the file's pair and write one profile per ability, or one for a criterion without data.
 
     Args:
@@ -46,7 +46,7 @@ def write_profiles(
         quiet: show no progress.
 
     Returns:
-        The files written.
+        The files written, and what is in them.
 
     Raises:
         FileExistsError: a profile exists and ``overwrite`` is false; told before anything is loaded.
@@ -71,4 +71,4 @@ def write_profiles(
         profiles = [profile_without_data(pair, criterion, random_seed=random_seed)]
     for profile, path in zip(profiles, paths, strict=True):
         save_profile(profile, path, overwrite=overwrite)
-    return paths
+    return dict(zip(paths, profiles, strict=True))

@@ -8,16 +8,19 @@ architecture keeps its own masks, position tables and scalings. Nothing here kno
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mergekit_act.channels import is_fused_experts, is_router
+from mergekit_act.profiling.experts import can_observe_experts, observed_forward, router_logits
+
 __all__ = ["Carried", "SegmentedModel"]
 
-Observer = Callable[[str, Tensor], None]
+Observer = Callable[[str, Any], None]
 
 
 @dataclass
@@ -65,21 +68,49 @@ class SegmentedModel:
 
     @contextmanager
     def observing(self, modules: tuple[str, ...]) -> Iterator[None]:
-        """Hook these modules; what they put out goes to the observer that a segment is run with."""
+        """Hook these modules; what they put out goes to the observer that a segment is run with.
 
-        def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def show(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                if self._observer is not None:
-                    self._observer(name, output)
+        A projection of fused experts puts out an ``ExpertOutput``, a router its logits, all others a tensor.
 
-            return show
-
-        handles = [self.model.get_submodule(name).register_forward_hook(hook(name)) for name in modules]
+        Raises:
+            ValueError: the model's experts do not say how they are laid out.
+        """
+        experts = {name: self._experts(name) for name in dict.fromkeys(map(_owner, modules)) if self._is_experts(name)}
+        plain = [name for name in modules if _owner(name) not in experts]
+        handles = [self.model.get_submodule(name).register_forward_hook(self._hook(name)) for name in plain]
         try:
-            yield
+            with ExitStack() as stack:
+                for name, module in experts.items():
+                    stack.enter_context(_forward(module, observed_forward(module, name, self._show)))
+                yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _show(self, name: str, output: Any) -> None:
+        if self._observer is not None:
+            self._observer(name, output)
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def show(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self._observer is None:
+                return
+            if not isinstance(output, Tensor):
+                output = router_logits(module, inputs[0], output) if is_router(module) else None
+            if output is None:
+                raise ValueError(f'{self.name}: the output of "{name}" is not one tensor, nor a router\'s logits')
+            self._observer(name, output)
+
+        return show
+
+    def _is_experts(self, name: str) -> bool:
+        return is_fused_experts(self.model.get_submodule(name))
+
+    def _experts(self, name: str) -> nn.Module:
+        module = self.model.get_submodule(name)
+        if not can_observe_experts(module):
+            raise ValueError(f'{self.name}: the experts of "{name}" do not show their outputs; it cannot be profiled')
+        return module
 
     def embed(self, input_ids: Tensor, observer: Observer | None = None) -> Carried:
         """The first segment: all that comes before the decoder layers.
@@ -204,6 +235,11 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         del module.forward
+
+
+def _owner(name: str) -> str:
+    """The module that a layout's name stands in: of ``mlp.experts.down_proj`` the experts."""
+    return name.rpartition(".")[0]
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
-from mergekit_act.artifacts import Mask
+from mergekit_act.artifacts import Mask, Profile
 from mergekit_act.channels import Layout, kind_pattern
 from mergekit_act.selection import selected_parameters
 
-__all__ = ["list_channels", "list_mask", "table"]
+__all__ = ["list_channels", "list_expert_tokens", "list_mask", "table"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -70,6 +71,16 @@ def list_mask(mask: Mask) -> str:
         lines.append(f"{parameters:,} of {everything:,} parameters ({_percent(parameters, everything)})")
         lines.append(_without_channels(layout))
     return "\n".join(lines)
+
+
+def list_expert_tokens(profile: Profile) -> str:
+    """How many answer tokens the experts of a profile's target had: few make for scores by chance."""
+    counts = [count for experts in profile.data["expert_tokens"].values() for count in experts]
+    idle = f"; {counts.count(0):,} had none" if 0 in counts else ""
+    return (
+        f"  answer tokens per expert: {min(counts):,} to {max(counts):,}, median {statistics.median(counts):,.0f}, "
+        f"{len(counts):,} experts{idle}"
+    )
 
 
 def _by_kind(layout: Layout) -> dict[str, list[str]]:
