@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 
+import peft
 import pytest
 import torch
 import transformers
@@ -315,6 +316,42 @@ def test_checkpoints_of_any_kind_give_the_same_profile(pair_of, tmp_path):
             for folder in (ability, tmp_path / name)
         )
         assert all(torch.equal(whole[module], old[module]) for module in whole)
+
+
+def test_sharded_half_precision_and_lora_references(pair_of, tmp_path):
+    target, ability = pair_of("llama")
+    samples = [as_ability(random_samples())]
+
+    def scores(reference: str) -> dict[str, torch.Tensor]:
+        pair = open_pair(str(target), reference, lora_merge_cache=str(tmp_path / "merged"))
+        return dict(profile_pair(pair, samples, device="cpu", dtype=torch.float32)[0].scores)
+
+    whole = scores(str(ability))
+    model = transformers.AutoModelForCausalLM.from_pretrained(ability, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    sharded = scores(str(tmp_path / "sharded"))
+    assert all(torch.equal(whole[module], sharded[module]) for module in whole)
+
+    model.half().save_pretrained(tmp_path / "half")
+    rounded = make_model(tiny_config("llama"), tmp_path / "rounded", seed=2)
+    state = {name: tensor.half().float() for name, tensor in load_file(rounded / "model.safetensors").items()}
+    save_file(state, rounded / "model.safetensors", metadata={"format": "pt"})
+    half, expected = scores(str(tmp_path / "half")), scores(str(rounded))
+    assert all(torch.equal(half[module], expected[module]) for module in half)
+
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model.float(), peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="has a LoRA; say --lora-merge-cache FOLDER"):
+        open_pair(str(target), f"{ability}+{tmp_path / 'lora'}")
+    with_lora = scores(f"{ability}+{tmp_path / 'lora'}")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "by-hand")
+    by_hand = scores(str(tmp_path / "by-hand"))
+    layer = "model.layers.0.self_attn.v_proj"
+    assert not torch.equal(with_lora[layer], whole[layer])
+    # v_proj's rounding may differ in how the two merges are ordered
+    assert all(torch.allclose(with_lora[module], by_hand[module], rtol=1e-3) for module in with_lora)
 
 
 def test_samples_longer_than_the_position_table(pair_of):
