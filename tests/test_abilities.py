@@ -191,6 +191,13 @@ def test_white_space_belongs_to_the_token_it_is_part_of(tokenizers, tmp_path):
     assert answers(collected, tokenizers.target) == ["2<|im_end|>"]
 
 
+def test_splits_of_a_file_may_be_sliced(tokenizers, sums_file):
+    ability = {"dataset": str(sums_file), "prompt": "q", "answer": "a", "split": "train[5:9]", "samples": 4}
+    first = [json.loads(line) for line in sums_file.read_text().splitlines()][5:9]
+    collected = collect(tokenizers, ability)
+    assert sorted(answers(collected, tokenizers.target)) == sorted(f"{row['a']}<|im_end|>" for row in first)
+
+
 def test_json_may_be_a_list_or_lines_or_compressed(tokenizers, tmp_path):
     rows = [{"q": "1", "a": "2009-01-05"}, {"q": "2", "a": "x", "more": 1}]
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
