@@ -20,6 +20,7 @@ __all__ = [
     "Layout",
     "build_skeleton",
     "channel_layout",
+    "is_expert_weight",
     "is_fused_experts",
     "is_router",
     "kind_pattern",
@@ -173,6 +174,12 @@ def is_fused_experts(module: nn.Module) -> bool:
     return any(p.ndim == 3 and name.endswith("_proj") for name, p in module.named_parameters(recurse=False))
 
 
+def is_expert_weight(module: nn.Module) -> bool:
+    """Whether the module is one projection of all experts, ``weight [experts, out, in]`` (JetMoE)."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd)
+
+
 def is_router(module: nn.Module) -> bool:
     """Whether the module holds a router's ``[experts, hidden]`` weight without being a linear layer."""
     weight = getattr(module, "weight", None)
@@ -199,6 +206,8 @@ def _channel_axes(module: nn.Module) -> Iterator[tuple[str, tuple[tuple[str, int
     elif _is_norm(module) or is_router(module):
         # A router's bias shifts the same logits as its row, so it goes with it.
         yield "", (("weight", 0), *with_bias)
+    elif is_expert_weight(module):
+        yield "", (("weight", 1),)
     elif is_fused_experts(module):
         axis = 2 if _is_transposed(module, own) else 1
         for name, parameter in own.items():

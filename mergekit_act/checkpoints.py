@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import struct
 import zipfile
@@ -22,6 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 __all__ = ["Checkpoint", "TensorHeader", "load_weights", "open_checkpoint", "read_config", "read_headers"]
+
+LOG = logging.getLogger(__name__)
 
 _MIB = 1 << 20
 
@@ -189,6 +192,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
+    names_of_parameters = {name for group in names.values() for name in group}
     state: dict[str, Tensor] = {}
     problems = []
     for name, parameter in model.named_parameters():  # tied parameters once
@@ -202,10 +206,13 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype
     if problems:
         shown = "; ".join(sorted(problems)[:10])
         raise ValueError(f"{checkpoint.reference} does not fit its config: {shown} ({len(problems)} in all)")
-    # Buffers in the checkpoint (rare since Transformers 5) replace the skeleton's; the others stay as built.
-    for name, buffer in model.named_buffers():
-        if name in checkpoint.loader.index.tensor_paths:
-            state[name] = checkpoint.loader.get_tensor(name).to(device=device, dtype=buffer.dtype)
+    # Buffers that are saved, such as a router's correction.
+    for name in sorted(model.state_dict().keys() - names_of_parameters):
+        buffer = checkpoint.read(name)
+        if buffer is None:
+            LOG.warning('%s has no "%s"; it stays as the model class makes it', checkpoint.reference, name)
+        else:
+            state[name] = buffer.to(device=device, dtype=model.get_buffer(name).dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
     model.to(device)

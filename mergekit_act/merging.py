@@ -221,7 +221,10 @@ def find_mask_files(setting: str) -> tuple[Path, ...]:
         FileNotFoundError: a path does not exist or a glob matches nothing.
     """
     found: dict[Path, None] = {}
-    for part in (piece.strip() for piece in setting.split(",")):
+    parts = [piece.strip() for piece in setting.split(",") if piece.strip()]
+    if not parts:
+        raise FileNotFoundError("mask is empty; name a mask or profile")
+    for part in parts:
         is_glob = glob.has_magic(part) and not Path(part).exists()
         matches = sorted(glob.glob(part, recursive=True)) if is_glob else [part]
         files = [Path(match) for match in matches if Path(match).is_file()]

@@ -94,7 +94,7 @@ def plain_experts(
         for name, module in model.named_modules():
             if name.endswith(".experts"):
                 module.register_forward_pre_hook(lambda m, i, name=name, do=at_experts: do(m, i, name=name))
-            elif type(module).__name__.endswith("Router"):
+            elif type(module).__name__.lower().endswith("router"):
                 module.register_forward_pre_hook(lambda m, i, name=name, do=at_router: do(m, i, name=name))
         with torch.no_grad():
             for ids, is_answer in samples:

@@ -19,7 +19,7 @@ from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from oracle import plain_merge
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_act.artifacts import Mask, load_mask, load_profile, save_mask, save_profile
 from mergekit_act.channels import channel_layout
@@ -267,6 +267,19 @@ def test_mergekit_pytorch(pair_of, tmp_path):
     run = CliRunner().invoke(mergekit_pytorch, [str(tmp_path / "c.yml"), str(tmp_path / "out1")])
     assert run.exit_code == 1
     assert 'no output tensor matches module "model.layers.0.mlp.up_proj"' in run.output
+    config["models"][0]["parameters"]["mask"] = str(tmp_path / "m.safetensors")
+    part = {name: tensor for name, tensor in state_of(ability).items() if name != "transformer.ln_f.bias"}
+    save_file(part, tmp_path / "part.safetensors")
+    config["models"][0]["model"] = str(tmp_path / "part.safetensors")
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    run = CliRunner().invoke(mergekit_pytorch, [str(tmp_path / "c.yml"), str(tmp_path / "out3")])
+    assert run.exit_code == 1
+    assert 'are in no ability model and would be left out, such as "transformer.ln_f.bias"' in run.output
+    config["models"][0]["model"] = str(tmp_path / "gone.safetensors")
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    run = CliRunner().invoke(mergekit_pytorch, [str(tmp_path / "c.yml"), str(tmp_path / "out4")])
+    assert "gone.safetensors is no file" in run.output
+    config["models"][0]["model"] = str(ability / "model.safetensors")
     config["models"][0]["parameters"] = {"weight": 0.5, "mask": "no.safetensors", "wieght": 1}
     (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
     run = CliRunner().invoke(mergekit_pytorch, [str(tmp_path / "c.yml"), str(tmp_path / "out2")])
@@ -467,6 +480,17 @@ def test_values_that_mergekit_would_trip_over(good, tmp_path):
     assert f'{ability} has no "weight"; give the factor on its changes under its "parameters:"' in message
     message = refusal(act_config(target, (ability, parameters), (target, parameters)), out)
     assert f"{target} is the base_model, the target; it takes no mask" in message
+    sources = [{"model": str(m), "layer_range": [0, 2], "parameters": parameters} for m in (target, ability)]
+    message = refusal({"merge_method": "act", "base_model": str(target), "slices": [{"sources": sources}]}, out)
+    assert f"{target} is the base_model, the target; it takes no mask" in message
+    message = refusal(act_config(target, (ability, {"weight": 1.0, "mask": " ,"})), out)
+    assert "mask is empty; name a mask or profile" in message
+    (tmp_path / "lora").mkdir()
+    config = act_config(target, (ability, parameters))
+    config["models"][0]["model"] = f"{ability}+{tmp_path / 'lora'}"
+    message = refusal(config, out)
+    assert "has a LoRA; say --lora-merge-cache FOLDER" in message
+    assert "lora has no adapter_config.json; expected a LoRA as PEFT saves it" in message
     config = act_config(target, (ability, parameters))
     del config["base_model"]
     assert "act needs base_model, the target; the config names none" in refusal(config, out)
@@ -537,8 +561,6 @@ def test_a_mask_of_another_pair_is_told_and_used(good, tmp_path, caplog):
 
 def test_a_mask_by_others_with_the_common_metadata_alone(good, tmp_path):
     """The format asks for no more than kind, version, modules, parameters and tied."""
-    from safetensors.torch import save_file
-
     target, ability, parameters = good
     module = "model.layers.0.mlp.up_proj"
     metadata = {

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_act.abilities import AbilitySamples, Sample
 from mergekit_act.artifacts import load_profile
 from mergekit_act.channels import layout_of_model
+from mergekit_act.checkpoints import load_weights
 from mergekit_act.cli import main
 from mergekit_act.profiling import open_pair, profile_pair, profile_without_data
 from mergekit_act.profiling.batches import cut_batches
@@ -106,6 +107,40 @@ def test_experts_that_do_not_show_their_outputs_are_refused(tmp_path):
     pair = open_pair(*map(str, folders))
     with pytest.raises(ValueError, match=r'the experts of "model\.layers\.0\.feed_forward\.experts" do not show their'):
         profile_pair(pair, [as_ability(random_samples())], device="cpu", dtype=torch.float32)
+
+
+def test_experts_in_modules_of_their_own_are_refused(tmp_path):
+    config = transformers.JetMoeConfig(
+        **SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2}
+    )
+    folders = [make_model(config, tmp_path / name, seed=i) for i, name in enumerate("ta")]
+    pair = open_pair(*map(str, folders))
+    assert pair.layout.channel_shape("model.layers.0.mlp.input_linear")[0] == 4
+    with pytest.raises(ValueError, match="do not show their outputs; it cannot be profiled"):
+        profile_pair(pair, [as_ability(random_samples())], device="cpu", dtype=torch.float32)
+
+
+def test_saved_buffers_are_loaded(tmp_path):
+    """A router's correction decides which experts a token goes to."""
+    config = transformers.DeepseekV3Config(
+        **SIZES
+        | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+        | {"first_k_dense_replace": 1, "moe_intermediate_size": 24, "q_lora_rank": 16, "kv_lora_rank": 16}
+        | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    )
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    folders = [make_model(config, tmp_path / side, seed=i) for i, side in enumerate("ta")]
+    state = load_file(folders[0] / "model.safetensors")
+    state[name] = torch.tensor([3.0, 0.0, 1.0, 0.0])
+    save_file(state, folders[0] / "model.safetensors", metadata={"format": "pt"})
+    pair = open_pair(*map(str, folders))
+    skeleton, _ = pair.skeletons()
+    load_weights(skeleton, pair.target, dtype=torch.float32, device="cpu")
+    assert skeleton.get_buffer(name).tolist() == [3.0, 0.0, 1.0, 0.0]
+    samples = random_samples()
+    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32)
+    expected = plain_experts(*folders, samples)
+    assert_close({module: profile.scores[module] for module in expected}, expected)
 
 
 def test_weight_criterion_of_experts(pair_of):

@@ -12,10 +12,10 @@ from typing import Any
 import click
 from mergekit.common import ModelReference, dtype_from_name
 
-from mergekit_act.checkpoints import Checkpoint, read_config
+from mergekit_act.checkpoints import Checkpoint, read_config, read_headers
 from mergekit_act.merging import find_mask_files, load_mask_files
 
-__all__ = ["MergeConfigError", "config_problems", "model_problems", "setting_problems"]
+__all__ = ["MergeConfigError", "config_problems", "file_problems", "model_problems", "setting_problems"]
 
 LOG = logging.getLogger(__name__)
 
@@ -34,7 +34,15 @@ class MergeConfigError(click.ClickException, ValueError):
 
 def config_problems(config: Any, spec: Any) -> list[str]:
     """What is wrong with a config (as plain data) for a method of this spec, as far as it tells by itself."""
-    return _unknown_parameters(config, spec) + _settings_of_the_target(config) + _missing_files(config)
+    problems = _unknown_parameters(config, spec) + _settings_of_the_target(config) + _missing_files(config)
+    for key in ("dtype", "out_dtype"):
+        try:
+            dtype_from_name(config.get(key))
+        except RuntimeError:
+            problems.append(f'{key} "{config[key]}" is not known; expected bfloat16, float16 or float32')
+    if config.get("base_model") is None and config.get("models"):
+        problems.append(f"{spec.name} needs base_model, the target; the config names none")
+    return problems
 
 
 def model_problems(config: Any, options: Any) -> list[str]:
@@ -48,7 +56,7 @@ def model_problems(config: Any, options: Any) -> list[str]:
             problems.append(" ".join(str(error).split()))
         else:
             architectures[model] = " ".join(names or ())
-            problems += _broken_files(model)
+            problems += _broken_files(model) + _unusable_lora(model, options)
         path = model.model.path
         if os.path.exists(path) and path.count("/") < 2 and path[0] not in "./~":
             LOG.warning(
@@ -56,16 +64,36 @@ def model_problems(config: Any, options: Any) -> list[str]:
                 path,
                 path,
             )
-    if config.base_model is None and config.models:
-        problems.append(f"{config.merge_method} needs base_model, the target; the config names none")
-    for key in ("dtype", "out_dtype"):
-        try:
-            dtype_from_name(getattr(config, key))
-        except RuntimeError:
-            problems.append(f'{key} "{getattr(config, key)}" is not known; expected bfloat16, float16 or float32')
     if len(set(architectures.values())) > 1 and not options.allow_crimes:
         shown = ", ".join(f"{model} is {name}" for model, name in architectures.items())
         problems.append(f"the models differ in architecture: {shown}; ACT needs models of one backbone")
+    return problems
+
+
+def _unusable_lora(model: ModelReference, options: Any) -> list[str]:
+    """Why a model's LoRA can't be merged into it."""
+    if model.lora is None:
+        return []
+    folder = Path(model.lora.path)
+    problems = [] if options.lora_merge_cache else [f"{model} has a LoRA; say --lora-merge-cache FOLDER"]
+    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+        problems.append(f"{folder} has no adapter_config.json; expected a LoRA as PEFT saves it")
+    elif not folder.exists() and model.lora.path.startswith((".", "/", "~")):
+        problems.append(f"{folder} does not exist (relative to {os.getcwd()}); expected a LoRA or a Hub id")
+    return problems
+
+
+def file_problems(config: Any) -> list[str]:
+    """Weight files of a ``mergekit-pytorch`` config that are not there or not whole."""
+    problems = []
+    for path in dict.fromkeys([config.base_model, *(model.model for model in config.models)]):
+        if path is not None and not Path(path).is_file():
+            problems.append(f"{path} is no file (relative to {os.getcwd()}); expected a weight file")
+        elif path is not None:
+            try:
+                read_headers(Path(path))
+            except ValueError as error:
+                problems.append(str(error))
     return problems
 
 
@@ -114,14 +142,17 @@ def setting_problems(model: str, setting: Any, density: Any) -> list[str]:
     return []
 
 
-def _settings_of_the_target(config: Any) -> list[str]:
-    """A mask on the target's own entry would be passed over without a word."""
-    base = config.get("base_model")
+def _settings_of_the_target(config: Any, base: Any = None) -> list[str]:
+    """A mask on the target's own entry, anywhere, would be passed over without a word."""
+    if isinstance(config, list):
+        return [problem for item in config for problem in _settings_of_the_target(item, base)]
+    if not isinstance(config, Mapping):
+        return []
+    base = config.get("base_model") or base
+    settings = config.get("parameters") if base is not None and config.get("model") == base else None
     return [
-        f"{base} is the base_model, the target; it takes no {key}"
-        for entry in config.get("models") or ()
-        if entry["model"] == base
-        for key in entry.get("parameters") or ()
+        *(f"{base} is the base_model, the target; it takes no {key}" for key in settings or ()),
+        *(problem for value in config.values() for problem in _settings_of_the_target(value, base)),
     ]
 
 

@@ -84,10 +84,13 @@ class PlanCheck:
                     )
         for model, names in self.missing.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            self.problems.append(
-                f"{model} has no tensor {', '.join(names[:3])}{more}, which mergekit expects of this architecture; its "
-                "other methods cannot merge this checkpoint either"
-            )
+            self.problems.append(self._missing_sentence(model, ", ".join(names[:3]) + more))
+
+    def _missing_sentence(self, model: ModelReference, names: str) -> str:
+        return (
+            f"{model} has no tensor {names}, which mergekit expects of this architecture; its other methods cannot "
+            "merge this checkpoint either"
+        )
 
     def _check_matches(self) -> None:
         """Every module that a mask selects has to be somewhere in the output."""
@@ -238,6 +241,19 @@ class FlatPlanCheck(PlanCheck):
 
     def _convertible(self, model: ModelReference, source: Any) -> bool:
         return False
+
+    def find_left_out(self) -> None:
+        """mergekit-pytorch plans the tensors of the listed models only; what just the target has would be lost."""
+        for base in self.bases:
+            left_out = sorted(set(self._checkpoint(base).headers) - self.outputs)
+            if left_out:
+                self.problems.append(
+                    f"{len(left_out)} tensors of {base} are in no ability model and would be left out, such as "
+                    f'"{left_out[0]}"; say --tensor-intersection if that is meant'
+                )
+
+    def _missing_sentence(self, model: ModelReference, names: str) -> str:
+        return f"{model} has no tensor {names}, which another model has; say --tensor-intersection to leave it out"
 
     def _checkpoint(self, model: ModelReference) -> Checkpoint:
         if model not in self.checkpoints:

@@ -8,6 +8,7 @@ tensor is read; each tensor's ``mask`` setting is then replaced by what the mask
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 from mergekit.merge_methods.registry import get
 from pydantic import ValidationError
 
-from mergekit_act.checking.configs import MergeConfigError, config_problems, model_problems
+from mergekit_act.checking.configs import MergeConfigError, config_problems, file_problems, model_problems
 from mergekit_act.checking.plans import FlatPlanCheck, PlanCheck
 from mergekit_act.merging import is_ours, refuse_to_run
 
@@ -72,7 +73,7 @@ def wrap_flat_planner() -> None:
             if not is_ours(config.merge_method):
                 return plan(config, *args, **kwargs)
             written = config.model_dump(mode="json")
-            problems = config_problems(written, get(config.merge_method).spec)
+            problems = config_problems(written, get(config.merge_method).spec) + file_problems(config)
             if problems:
                 raise MergeConfigError(problems)
             with _one_sentence():
@@ -84,6 +85,8 @@ def wrap_flat_planner() -> None:
                     )
                     for save in saves
                 )
+                if not inspect.signature(plan).bind(config, *args, **kwargs).arguments["tensor_intersection"]:
+                    check.find_left_out()
                 check.finish()
             return [*resolved, finalize.model_copy(update={"tensor_save_tasks": resolved})]
 

@@ -45,7 +45,7 @@ class MicroBatch:
             for place in range(len(samples))
             if place == 0 or (samples[place - 1], positions[place - 1] + 1) != (samples[place], positions[place])
         ]
-        ends = [*starts[1:], len(samples)]
+        ends = [*starts[1:], len(samples)] if starts else []
         return [(samples[a], positions[a], positions[b - 1] + 1) for a, b in zip(starts, ends, strict=True)]
 
     @cached_property

@@ -97,7 +97,10 @@ def find_output_forms(model: SegmentedModel, layout: Layout, vocabulary: int, de
                 continue
             shape = tuple(output.shape)
             candidates = [axis for axis, size in enumerate(shape[:-1]) if size == length]
-            if len(candidates) == 1 and shape[-1] == layout.channel_shape(module)[0]:
+            batch_first = len(candidates) == 1 and (shape[0] in (1, _BATCH) if candidates[0] else len(shape) == 2)
+            if shape[-1:] != layout.channel_shape(module):
+                unclear[module] = shape
+            elif batch_first:
                 axes[module] = candidates[0]
             elif shape[0] == _BATCH * length:
                 axes[module] = None

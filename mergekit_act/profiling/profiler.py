@@ -148,6 +148,8 @@ def add_differences(
 def _check_samples(abilities: Sequence[AbilitySamples], pair: ModelPair) -> None:
     vocabulary = pair.vocabulary
     for ability in abilities:
+        if not ability.answer_tokens:
+            raise ValueError(f'ability "{ability.name}" has no answer tokens')
         for place, sample in enumerate(ability.samples):
             if pair.positions is not None and len(sample.input_ids) > pair.positions:
                 raise ValueError(

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_act.channels import is_fused_experts, is_router
+from mergekit_act.channels import is_expert_weight, is_fused_experts, is_router
 from mergekit_act.profiling.experts import can_observe_experts, observed_forward, router_logits
 
 __all__ = ["Carried", "SegmentedModel"]
 
 Observer = Callable[[str, Any], None]
+
+_REFUSED_EXPERTS = '{}: the experts of "{}" do not show their outputs; it cannot be profiled'
 
 
 @dataclass
@@ -77,6 +79,9 @@ class SegmentedModel:
         """
         experts = {name: self._experts(name) for name in dict.fromkeys(map(_owner, modules)) if self._is_experts(name)}
         plain = [name for name in modules if _owner(name) not in experts]
+        for name in plain:
+            if is_expert_weight(self.model.get_submodule(name)):
+                raise ValueError(_REFUSED_EXPERTS.format(self.name, name))
         handles = [self.model.get_submodule(name).register_forward_hook(self._hook(name)) for name in plain]
         try:
             with ExitStack() as stack:
@@ -109,7 +114,7 @@ class SegmentedModel:
     def _experts(self, name: str) -> nn.Module:
         module = self.model.get_submodule(name)
         if not can_observe_experts(module):
-            raise ValueError(f'{self.name}: the experts of "{name}" do not show their outputs; it cannot be profiled')
+            raise ValueError(_REFUSED_EXPERTS.format(self.name, name))
         return module
 
     def embed(self, input_ids: Tensor, observer: Observer | None = None) -> Carried:
@@ -195,7 +200,7 @@ class SegmentedModel:
         with self._replaced([record(index) for index in range(last + 1)]), self._shown_to(observer):
             try:
                 self._run(input_ids)
-            except (AttributeError, IndexError, TypeError):
+            except (AttributeError, IndexError, TypeError, ValueError):
                 # A tensor where the model unpacks a tuple, or the other way round.
                 if not carried.calls:
                     raise
