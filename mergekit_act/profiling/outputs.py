@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,16 +47,16 @@ class KeptOutput:
     """The target's output at the answer tokens, until the ability model's comes.
 
     Attributes:
-        rows: parts of ``[rows, channels]``, borrowed from ``source`` on a CPU; or those of experts.
+        rows: parts of ``[rows, channels]``, borrowed from ``source`` on a CPU; or the ``ExpertOutput`` of experts.
         source: the whole output.
         version: PyTorch's count of its changes when it was kept.
     """
 
-    rows: Sequence[Tensor] | ExpertOutput
+    rows: Any
     source: Tensor | None = None
     version: int = 0
 
-    def read(self, module: str) -> Sequence[Tensor] | ExpertOutput:
+    def read(self, module: str) -> Any:
         """The rows.
 
         Raises:

@@ -119,18 +119,16 @@ def add_differences(
 
     def compare(module: str, output: Tensor | ExpertOutput) -> None:
         rows = kept[module].pop(0).read(module)
-        if isinstance(rows, ExpertOutput) and isinstance(output, ExpertOutput):
+        if isinstance(output, ExpertOutput):
             sums.add_experts(module, rows, output.at(batch.answer_places), answers=len(batch.sample_of))
-        elif isinstance(output, Tensor) and not isinstance(rows, ExpertOutput):
+        else:
             sums.add(module, rows, batch.answer_rows(output, forms.token_axes[module]))
 
     def keep_rows(module: str, output: Tensor) -> None:
         kept.setdefault(module, []).append(KeptOutput([output]))
 
     def compare_rows(module: str, output: Tensor) -> None:
-        rows = kept[module].pop(0).rows
-        if not isinstance(rows, ExpertOutput):
-            sums.add(module, rows, [output])
+        sums.add(module, kept[module].pop(0).read(module), [output])
 
     first = target.embed(batch.input_ids, keep)
     second = ability_model.embed(batch.input_ids, compare)
