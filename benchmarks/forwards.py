@@ -20,13 +20,14 @@ from random_pair import CONFIGS, make_pair
 from torch import Tensor, nn
 
 from mergekit_act.abilities import AbilitySamples, Sample
-from mergekit_act.checkpoints import load_weights
 from mergekit_act.profiling import open_pair
 from mergekit_act.profiling.batches import MicroBatch, cut_batches
-from mergekit_act.profiling.outputs import find_output_forms
-from mergekit_act.profiling.profiler import add_differences
+from mergekit_act.profiling.differences import Engine, Work
+from mergekit_act.profiling.hidden import HiddenStates
+from mergekit_act.profiling.memory import MemoryPlan
 from mergekit_act.profiling.segments import SegmentedModel
 from mergekit_act.profiling.sums import DifferenceSums
+from mergekit_act.profiling.weights import ModelWeights, PairWeights
 from mergekit_act.report import table
 
 
@@ -59,18 +60,21 @@ def main(model: str, device: str, dtype: str, samples: int, tokens: int, batch_t
     with tempfile.TemporaryDirectory() as folder:
         pair = open_pair(*map(str, make_pair(model, Path(folder), kind)))
         models = pair.skeletons()
-        for skeleton, checkpoint in zip(models, (pair.target, pair.ability_model), strict=True):
-            load_weights(skeleton, checkpoint, dtype=kind, device=device)
-        segmented = [SegmentedModel(one) for one in models]
+        first, second = (
+            ModelWeights(SegmentedModel(skeleton), checkpoint, kind, device)
+            for skeleton, checkpoint in zip(models, (pair.target, pair.ability_model), strict=True)
+        )
+        weights = PairWeights((first, second), pair.layout.channel_shape("lm_head")[0])
+        weights.settle(MemoryPlan())
+        engine = Engine(weights, pair.layout, pair.vocabulary, device)
         ability = random_ability(samples, tokens, pair.vocabulary)
         batches = [batch.to(device) for batch in cut_batches(ability.samples, batch_tokens)]
 
         def profile() -> None:
-            observing = (one.observing(pair.layout.modules) for one in segmented)
-            with torch.no_grad(), next(observing), next(observing):
+            with engine.observing():
                 sums = DifferenceSums(pair.layout, device)
                 for batch in batches:
-                    add_differences(*segmented, batch, forms, sums)
+                    engine.run([Work(batch, sums)], HiddenStates("device", device))
 
         @torch.inference_mode()
         def forwards(full_head: bool) -> None:
@@ -84,8 +88,6 @@ def main(model: str, device: str, dtype: str, samples: int, tokens: int, batch_t
             "profile": profile,
         }
         times: dict[str, list[float]] = {name: [] for name in runs}
-        with segmented[0].observing(pair.layout.modules):
-            forms = find_output_forms(segmented[0], pair.layout, pair.vocabulary, device)
         for name in list(runs) * (rounds + 1):
             started = time.perf_counter()
             runs[name]()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,11 +19,9 @@ from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["Checkpoint", "TensorHeader", "load_weights", "open_checkpoint", "read_config", "read_headers"]
-
-LOG = logging.getLogger(__name__)
+__all__ = ["Checkpoint", "TensorHeader", "open_checkpoint", "read_config", "read_headers"]
 
 _MIB = 1 << 20
 
@@ -113,14 +110,29 @@ class Checkpoint:
         Returns:
             The tensor, borrowed from the file where that maps memory; None if the checkpoint does not have it.
         """
+        return self._find(names, self.loader.get_tensor)
+
+    def shape(self, *names: str) -> tuple[int, ...] | None:
+        """The shape of what ``read`` would return; no values are read."""
+        found = self._find(names, lambda key: torch.empty(self.headers[key].shape, device="meta"))
+        return None if found is None else tuple(found.shape)
+
+    def flush(self) -> None:
+        """Close the file that is open, so that its pages no longer count as this process's memory.
+
+        A pickle of the old format, which can only be read as a whole, stays.
+        """
+        if self.loader.lazy_unpickle:
+            self.loader.flush()
+
+    def _find(self, names: tuple[str, ...], get: Callable[[str], Tensor]) -> Tensor | None:
         # Old checkpoints leave out the base model's prefix ("transformer.wte.weight" is "wte.weight").
         for candidate in (*names, *(name.partition(".")[2] for name in names)):
             if candidate in self.headers:
-                stored: Tensor = self.loader.get_tensor(candidate)
-                return stored
+                return get(candidate)
         layers = {_layer(name) for name in names}
         sources: dict[str, Callable[[], Tensor]] = {
-            key: (lambda key=key: self.loader.get_tensor(key))  # type: ignore[misc]
+            key: partial(get, key)
             for key in self.headers
             if _layer(key) in layers  # all of a large mixture of experts would take as long as a forward pass
         }
@@ -175,47 +187,6 @@ def read_config(reference: str, *, trust_remote_code: bool = False) -> Any:
         return parsed.config(trust_remote_code=trust_remote_code)
     except OSError as error:  # not on the Hub, or the Hub is out of reach
         raise FileNotFoundError(f"{reference} has no config that can be loaded: {_one_line(error)}") from error
-
-
-def load_weights(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str | torch.device) -> None:
-    """Give a skeleton its weights, in place: every parameter on ``device`` in ``dtype``, tied ones tied again.
-
-    Args:
-        model: as ``build_skeleton`` makes it. It is changed.
-        checkpoint: where the weights come from.
-        dtype: of floating-point weights.
-        device: where to put them.
-
-    Raises:
-        ValueError: a tensor is missing or of another shape; all are listed.
-    """
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    names_of_parameters = {name for group in names.values() for name in group}
-    state: dict[str, Tensor] = {}
-    problems = []
-    for name, parameter in model.named_parameters():  # tied parameters once
-        tensor = checkpoint.read(*names[id(parameter)])
-        if tensor is None:
-            problems.append(f'"{name}" is missing')
-        elif tensor.shape != parameter.shape:
-            problems.append(f'"{name}" is {list(tensor.shape)}, the config says {list(parameter.shape)}')
-        else:
-            state[name] = tensor.to(device=device, dtype=dtype)
-    if problems:
-        shown = "; ".join(sorted(problems)[:10])
-        raise ValueError(f"{checkpoint.reference} does not fit its config: {shown} ({len(problems)} in all)")
-    # Buffers that are saved, such as a router's correction.
-    for name in sorted(model.state_dict().keys() - names_of_parameters):
-        buffer = checkpoint.read(name)
-        if buffer is None:
-            LOG.warning('%s has no "%s"; it stays as the model class makes it', checkpoint.reference, name)
-        else:
-            state[name] = buffer.to(device=device, dtype=model.get_buffer(name).dtype)
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()  # type: ignore[operator]
-    model.to(device)
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:

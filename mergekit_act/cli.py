@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +23,35 @@ class _Command(click.Command):
             return super().invoke(context)
         except click.ClickException:
             raise
+        except KeyboardInterrupt as error:
+            click.echo(f"\n{error}" if error.args else "\nInterrupted.", err=True)
+            context.exit(130)
         except (ValueError, OSError) as error:
             if context.params.get("verbose"):
                 raise
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(_of_rank() + str(error)) from error
+
+
+class _Bytes(click.ParamType):  # type: ignore[type-arg]
+    """A size with a unit."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        from mergekit_act.profiling.memory import parse_bytes
+
+        try:
+            return parse_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _of_rank() -> str:
+    """Which of several processes says it."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"process {os.environ['RANK']}: " if several and "RANK" in os.environ else ""
 
 
 class _Group(click.Group):
@@ -45,8 +71,6 @@ def _common(function: Callable[..., Any]) -> Callable[..., Any]:
         level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
         logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
         if quiet or not sys.stderr.isatty():
-            import os
-
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         return function(quiet=quiet, **arguments)
 
@@ -110,6 +134,20 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
     show_default=True,
     help="Tokens in a micro-batch, padding included.",
 )
+@click.option(
+    "--memory-budget",
+    type=_Bytes(),
+    help="Memory of the device that may be used, such as 10GB. What of the models does not fit is loaded once per "
+    "chunk of samples; the profiles are the same.  [default: what is free, with a margin]",
+)
+@click.option(
+    "--save-every",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often the state of the run is kept in OUT_DIR, from which the same command goes on.",
+)
 @click.option("--random-seed", type=int, default=0, show_default=True, help="For --criterion random.")
 @click.option("--lora-merge-cache", help="Folder for merged models, for references of the form model+lora.")
 @_trust
@@ -120,7 +158,8 @@ def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **
 
     Writes one profile per ability of ABILITIES.yml to OUT_DIR.
 
-    The two models must fit in the device's memory together.
+    A run that is interrupted, even killed, goes on when the same command is given again. With several GPUs:
+    torchrun --nproc-per-node N -m mergekit_act profile ABILITIES.yml OUT_DIR, or accelerate launch.
     """
     from mergekit_act.abilities import load_abilities
     from mergekit_act.profiling import write_profiles

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["check_free", "file_hash", "write_atomically"]
+__all__ = ["check_free", "file_hash", "remove_leftovers", "write_atomically"]
 
 
 def file_hash(path: str | Path) -> str:
@@ -23,6 +24,13 @@ def check_free(paths: Iterable[str | Path], *, overwrite: bool) -> None:
     if taken and not overwrite:
         verb = "exists" if len(taken) == 1 else "exist"
         raise FileExistsError(f"{', '.join(taken)} {verb}. Choose another name or say --overwrite.")
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove the temporary files that a killed ``write_atomically`` has left beside a path."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, content: bytes, *, overwrite: bool = False) -> None:

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from mergekit_act.abilities import AbilitySamples, Sample
 from mergekit_act.artifacts import load_profile
 from mergekit_act.channels import layout_of_model
-from mergekit_act.checkpoints import load_weights
 from mergekit_act.cli import main
 from mergekit_act.profiling import open_pair, profile_pair, profile_without_data
 from mergekit_act.profiling.batches import cut_batches
 from mergekit_act.profiling.segments import SegmentedModel
+from mergekit_act.profiling.weights import ModelWeights
 
 ARCHITECTURES = [
     "qwen2", "qwen2-tied", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "phi3", "olmo2", "falcon",
@@ -93,8 +93,8 @@ def test_segments_of_experts_give_the_models_own_logits(pair_of):
         with segmented.observing(layout_of_model(model).modules):
             carried = segmented.embed(ids)
             for index in range(len(segmented.layers)):
-                segmented.layer(index, carried)
-            logits = segmented.run_head(segmented.normalise(carried))
+                carried.hidden = segmented.layer(index, ids, carried)
+            logits = segmented.head(segmented.normalise(ids, carried.hidden))
         torch.testing.assert_close(logits, whole, rtol=1e-5, atol=1e-6)
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, whole)  # the model is as it was
 
@@ -135,7 +135,7 @@ def test_saved_buffers_are_loaded(tmp_path):
     save_file(state, folders[0] / "model.safetensors", metadata={"format": "pt"})
     pair = open_pair(*map(str, folders))
     skeleton, _ = pair.skeletons()
-    load_weights(skeleton, pair.target, dtype=torch.float32, device="cpu")
+    ModelWeights(SegmentedModel(skeleton), pair.target, torch.float32, "cpu").load()
     assert skeleton.get_buffer(name).tolist() == [3.0, 0.0, 1.0, 0.0]
     samples = random_samples()
     (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32)
@@ -187,8 +187,8 @@ def test_segments_give_the_logits_of_the_models_own_forward(pair_of, name):
     with torch.no_grad():
         carried = segmented.embed(ids)
         for index in range(len(segmented.layers)):
-            segmented.layer(index, carried)
-        logits = segmented.run_head(segmented.normalise(carried))
+            carried.hidden = segmented.layer(index, ids, carried)
+        logits = segmented.head(segmented.normalise(ids, carried.hidden))
         whole = model(input_ids=ids, use_cache=False).logits
         cap = getattr(model.config, "final_logit_softcapping", None)
         assert torch.equal(cap * torch.tanh(logits / cap) if cap else logits, whole)

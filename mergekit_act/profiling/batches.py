@@ -36,6 +36,21 @@ class MicroBatch:
             self.input_ids.to(device), self.sample_of.to(device), self.position_of.to(device), self.tokens
         )
 
+    def halves(self) -> tuple[MicroBatch, MicroBatch]:
+        """The first half of its samples, and the others."""
+        middle = -(-len(self.input_ids) // 2)
+        behind = self.sample_of >= middle
+        tokens = self.tokens * middle // len(self.input_ids)
+        return (
+            MicroBatch(self.input_ids[:middle], self.sample_of[~behind], self.position_of[~behind], tokens),
+            MicroBatch(
+                self.input_ids[middle:],
+                self.sample_of[behind] - middle,
+                self.position_of[behind],
+                self.tokens - tokens,
+            ),
+        )
+
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
         """(sample, first, last + 1) of every stretch of answer tokens."""

@@ -2,34 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergekit_act.channels import Layout
+from mergekit_act.channels import Layout, kind_pattern
 from mergekit_act.profiling.batches import MicroBatch
 from mergekit_act.profiling.experts import ExpertOutput
-from mergekit_act.profiling.segments import SegmentedModel
+from mergekit_act.profiling.segments import Observer
 
-__all__ = ["KeptOutput", "OutputForms", "find_output_forms"]
+__all__ = ["KeptOutput", "OutputForms"]
 
 _BATCH = 3
 _LENGTHS = (7, 11, 13, 17)
 
 
-@dataclass(frozen=True)
 class OutputForms:
-    """How each module's output is to be read.
+    """How each module's output is to be read: learnt from small batches, whose length no other dimension has.
+
+    Args:
+        name: the model's, for errors.
+        layout: its channels.
+        vocabulary: token ids below this one are valid.
+        device: where the model runs.
 
     Attributes:
         token_axes: module -> which dimension of its output are token positions; None if batch and positions are one.
         changed_later: modules whose output the model changes in place after they have put it out.
     """
 
-    token_axes: dict[str, int | None]
-    changed_later: frozenset[str]
+    def __init__(self, name: str, layout: Layout, vocabulary: int, device: str) -> None:
+        self.token_axes: dict[str, int | None] = {}
+        self.changed_later: set[str] = set()
+        self._name, self._layout, self._vocabulary, self._device = name, layout, vocabulary, device
+
+    def learn(self, modules: Sequence[str], run: Callable[[Tensor, Observer], Any]) -> None:
+        """Learn the forms of a segment's modules.
+
+        Args:
+            modules: its modules that have channels.
+            run: runs the segment of the target, which is being observed, given token ids ``[batch, tokens]``.
+
+        Raises:
+            ValueError: a module put nothing out, or its positions can't be told from its other dimensions.
+        """
+        unclear: dict[str, tuple[int, ...]] = {}
+        for length in _LENGTHS:
+            ids = torch.arange(_BATCH * length, device=self._device).reshape(_BATCH, length) % self._vocabulary
+            outputs: dict[str, tuple[Any, int]] = {}
+
+            def note(module: str, output: Any, into: dict[str, tuple[Any, int]] = outputs) -> None:
+                into[module] = (output, 0 if isinstance(output, ExpertOutput) else output._version)
+
+            run(ids, note)
+            self._check_seen(modules, outputs)
+            axes, unclear = self._axes(outputs, length)
+            if not unclear:
+                self.token_axes |= axes
+                self.changed_later |= {m for m in axes if outputs[m][0]._version != outputs[m][1]}
+                return
+        named = ", ".join(f'"{module}" {list(shape)}' for module, shape in list(unclear.items())[:10])
+        raise ValueError(f"{self._name}: the token positions in these outputs cannot be told: {named}")
+
+    def _check_seen(self, modules: Sequence[str], outputs: dict[str, Any]) -> None:
+        kinds = {kind_pattern(module) for module in modules if module not in outputs}
+        unseen = [module for module in self._layout.modules if kind_pattern(module) in kinds and module not in outputs]
+        if unseen:
+            raise ValueError(
+                f"{self._name}: {len(unseen)} modules with channels put nothing out that can be observed: "
+                f"{', '.join(unseen[:10])}"
+            )
+
+    def _axes(
+        self, outputs: dict[str, tuple[Any, int]], length: int
+    ) -> tuple[dict[str, int | None], dict[str, tuple[int, ...]]]:
+        """module -> its token axis, and the shapes of those where it is unclear."""
+        axes: dict[str, int | None] = {}
+        unclear = {}
+        for module, (output, _) in outputs.items():
+            if isinstance(output, ExpertOutput):
+                continue
+            shape = tuple(output.shape)
+            candidates = [axis for axis, size in enumerate(shape[:-1]) if size == length]
+            batch_first = len(candidates) == 1 and (shape[0] in (1, _BATCH) if candidates[0] else len(shape) == 2)
+            if shape[-1:] != self._layout.channel_shape(module):
+                unclear[module] = shape
+            elif batch_first:
+                axes[module] = candidates[0]
+            elif shape[0] == _BATCH * length:
+                axes[module] = None
+            else:
+                unclear[module] = shape
+        return axes, unclear
 
     def keep(self, module: str, output: Tensor | ExpertOutput, batch: MicroBatch) -> KeptOutput:
         """Keep an output at the answer tokens, as it is now."""
@@ -65,63 +132,3 @@ class KeptOutput:
         if self.source is not None and self.source._version != self.version:
             raise ValueError(f'module "{module}": its output was changed in place, which the first batch did not show')
         return self.rows
-
-
-@torch.no_grad()
-def find_output_forms(model: SegmentedModel, layout: Layout, vocabulary: int, device: str) -> OutputForms:
-    """Learn how outputs are to be read from one small batch, whose length no other dimension has.
-
-    Args:
-        model: the target, being observed.
-        layout: its channels.
-        vocabulary: token ids below this one are valid.
-        device: where the model is.
-
-    Raises:
-        ValueError: a module with channels put nothing out, or its positions can't be told from its other dimensions.
-    """
-    unclear: dict[str, tuple[int, ...]] = {}
-    for length in _LENGTHS:
-        outputs = _observe(model, torch.arange(_BATCH * length, device=device).reshape(_BATCH, length) % vocabulary)
-        unseen = [module for module in layout.modules if module not in outputs]
-        if unseen:
-            raise ValueError(
-                f"{model.name}: {len(unseen)} modules with channels put nothing out that can be observed: "
-                f"{', '.join(unseen[:10])}"
-            )
-        axes: dict[str, int | None] = {}
-        unclear = {}
-        for module, (output, _) in outputs.items():
-            if isinstance(output, ExpertOutput):
-                continue
-            shape = tuple(output.shape)
-            candidates = [axis for axis, size in enumerate(shape[:-1]) if size == length]
-            batch_first = len(candidates) == 1 and (shape[0] in (1, _BATCH) if candidates[0] else len(shape) == 2)
-            if shape[-1:] != layout.channel_shape(module):
-                unclear[module] = shape
-            elif batch_first:
-                axes[module] = candidates[0]
-            elif shape[0] == _BATCH * length:
-                axes[module] = None
-            else:
-                unclear[module] = shape
-        if not unclear:
-            plain = {m: entry for m, entry in outputs.items() if m in axes}
-            changed = (module for module, (output, version) in plain.items() if output._version != version)
-            return OutputForms(axes, frozenset(changed))
-    named = ", ".join(f'"{module}" {list(shape)}' for module, shape in list(unclear.items())[:10])
-    raise ValueError(f"{model.name}: the token positions in these outputs cannot be told: {named}")
-
-
-def _observe(model: SegmentedModel, input_ids: Tensor) -> dict[str, tuple[Any, int]]:
-    """module -> its output, and how often it had been changed when it was put out."""
-    outputs: dict[str, tuple[Any, int]] = {}
-
-    def note(module: str, output: Any) -> None:
-        outputs[module] = (output, 0 if isinstance(output, ExpertOutput) else output._version)
-
-    carried = model.embed(input_ids, note)
-    for index in range(len(model.layers)):
-        model.layer(index, carried, note)
-    model.run_head(model.normalise(carried, note), note)
-    return outputs

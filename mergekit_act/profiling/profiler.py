@@ -2,60 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from mergekit_act import __version__
 from mergekit_act.abilities import AbilitySamples
 from mergekit_act.artifacts import Profile
-from mergekit_act.checkpoints import load_weights
 from mergekit_act.profiling.batches import MicroBatch, cut_batches
-from mergekit_act.profiling.experts import ExpertOutput
-from mergekit_act.profiling.outputs import KeptOutput, OutputForms, find_output_forms
+from mergekit_act.profiling.chunks import ChunkCutter
+from mergekit_act.profiling.devices import default_dtype, usable_device
+from mergekit_act.profiling.differences import Engine, Work, activation_bytes
+from mergekit_act.profiling.hidden import HiddenStates, Place
+from mergekit_act.profiling.memory import MemoryPlan, free_memory, plan_memory, show_bytes
 from mergekit_act.profiling.pair import ModelPair
+from mergekit_act.profiling.processes import Processes
 from mergekit_act.profiling.segments import SegmentedModel
-from mergekit_act.profiling.sums import DifferenceSums
+from mergekit_act.profiling.state import RunState
+from mergekit_act.profiling.sums import DifferenceSums, scratch_bytes
+from mergekit_act.profiling.weights import ModelWeights, PairWeights
 
-__all__ = ["add_differences", "default_device", "default_dtype", "profile_pair", "usable_device"]
+__all__ = ["profile_pair", "run_settings"]
 
-# The head is compared in blocks of rows, so that its logits never need more than this on each side.
-_HEAD_BYTES = 1 << 28
+LOG = logging.getLogger(__name__)
 
-
-def default_device() -> str:
-    """The accelerator if there is one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator.type if accelerator is not None else "cpu"
-
-
-def usable_device(device: str | None) -> str:
-    """The device, or the default one for None.
-
-    Raises:
-        ValueError: PyTorch can't use it here.
-    """
-    device = device or default_device()
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f'device "{device}" cannot be used here: {reason}; the default is {default_device()}'
-        ) from error
-    return device
-
-
-def default_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively, else float32: by capability, so runs can be repeated."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if kind == "cpu":
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return torch.float32
+# Where nothing is loaded between micro-batches, each is a chunk.
+_WHOLE: tuple[int, Place] = (1, "device")
 
 
 def profile_pair(
@@ -65,6 +45,10 @@ def profile_pair(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     batch_tokens: int = 4096,
+    memory_budget: int | None = None,
+    state: Path | None = None,
+    save_every: float = 60.0,
+    processes: Processes | None = None,
     quiet: bool = False,
 ) -> list[Profile]:
     """The activation profiles of a pair, one per ability; all abilities go through the models in one pass.
@@ -75,72 +59,235 @@ def profile_pair(
         device: where the models run; None takes the accelerator if there is one.
         dtype: in which they run; None takes bfloat16 where the device multiplies it natively, else float32.
         batch_tokens: tokens in a micro-batch, padding included.
+        memory_budget: bytes of the device's memory to use; None takes what is free, with a margin. What of the models
+            does not fit is loaded once per chunk of micro-batches. The profiles do not depend on it.
+        state: file in which an unfinished run is kept, and from which it goes on; None keeps nothing.
+        save_every: seconds after which the state is saved, at the end of a chunk.
+        processes: those that share the samples; None for this one alone.
         quiet: show no progress.
 
     Raises:
         ValueError: the device can't be used, a token id is not in both vocabularies, a sample is longer than the
-            models' position embeddings, a module's output can't be observed, or activations are NaN or infinite.
+            models' position embeddings, a module's output can't be observed, activations are NaN or infinite, or the
+            memory does not hold a layer of both models and one micro-batch.
     """
-    device = usable_device(device)
+    processes = processes or Processes()
+    device = usable_device(device, processes.local_rank if processes.count > 1 else None)
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
     dtype = dtype or default_dtype(device)
     _check_samples(abilities, pair)
-    models = []
-    for skeleton, checkpoint in zip(pair.skeletons(), (pair.target, pair.ability_model), strict=True):
-        load_weights(skeleton, checkpoint, dtype=dtype, device=device)
-        models.append(SegmentedModel(skeleton))
-    target, ability_model = models
-    modules = pair.layout.modules
-    tokens = sum(len(sample.input_ids) for ability in abilities for sample in ability.samples)
-    with (
-        torch.no_grad(),  # not inference mode, in which tensors don't count their changes
-        target.observing(modules),
-        ability_model.observing(modules),
-        tqdm(total=tokens, unit="tok", unit_scale=True, desc="Profiling", disable=quiet) as progress,
-    ):
-        forms = find_output_forms(target, pair.layout, pair.vocabulary, device)
-        profiles = []
-        for ability in abilities:
-            sums = DifferenceSums(pair.layout, device)
-            for batch in cut_batches(ability.samples, batch_tokens):
-                add_differences(target, ability_model, batch.to(device), forms, sums)
-                progress.update(batch.tokens)
-            profiles.append(_profile(pair, ability, sums, dtype))
-    return profiles
+    batches = [(place, batch) for place, a in enumerate(abilities) for batch in cut_batches(a.samples, batch_tokens)]
+    batches = batches[processes.rank :: processes.count]
+    run = _Run(pair, device, dtype, abilities, batches, memory_budget, processes)
+    every_sums = [DifferenceSums(pair.layout, device, run.scratch) for _ in abilities]
+    settings = run_settings(pair, abilities, device, dtype, batch_tokens, processes)
+    saved = None if state is None else RunState(state, settings)
+    run.add_differences(every_sums, saved, save_every, quiet=quiet or processes.rank > 0)
+    processes.add_up(every_sums)
+    return [_profile(pair, ability, sums, dtype) for ability, sums in zip(abilities, every_sums, strict=True)]
 
 
-def add_differences(
-    target: SegmentedModel, ability_model: SegmentedModel, batch: MicroBatch, forms: OutputForms, sums: DifferenceSums
-) -> None:
-    """Run one micro-batch through both models, segment by segment, and add up the differences."""
-    kept: dict[str, list[KeptOutput]] = {}
+def run_settings(
+    pair: ModelPair,
+    abilities: Sequence[AbilitySamples],
+    device: str,
+    dtype: torch.dtype,
+    batch_tokens: int,
+    processes: Processes,
+) -> dict[str, Any]:
+    """All that sums depend on: a run that is continued must have the same."""
+    return {
+        "target": pair.target.fingerprint,
+        "ability_model": pair.ability_model.fingerprint,
+        "abilities": {ability.name: ability.data for ability in abilities},
+        "device": torch.device(device).type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch_tokens": batch_tokens,
+        "processes": processes.count,
+        "versions": {"mergekit-act": __version__}
+        | {name: version(name) for name in ("mergekit", "torch", "transformers")},
+    }
 
-    def keep(module: str, output: Tensor | ExpertOutput) -> None:
-        kept.setdefault(module, []).append(forms.keep(module, output, batch))
 
-    def compare(module: str, output: Tensor | ExpertOutput) -> None:
-        rows = kept[module].pop(0).read(module)
-        if isinstance(output, ExpertOutput):
-            sums.add_experts(module, rows, output.at(batch.answer_places), answers=len(batch.sample_of))
-        else:
-            sums.add(module, rows, batch.answer_rows(output, forms.token_axes[module]))
+@dataclass
+class _Run:
+    """A pass of this process's micro-batches through the pair."""
 
-    def keep_rows(module: str, output: Tensor) -> None:
-        kept.setdefault(module, []).append(KeptOutput([output]))
+    pair: ModelPair
+    device: str
+    dtype: torch.dtype
+    abilities: Sequence[AbilitySamples]
+    batches: Sequence[tuple[int, MicroBatch]]  # with the place of their ability
+    budget: int | None
+    processes: Processes
 
-    def compare_rows(module: str, output: Tensor) -> None:
-        sums.add(module, kept[module].pop(0).read(module), [output])
+    def __post_init__(self) -> None:
+        size = scratch_bytes(self.pair.layout, self.device) // 4
+        self.scratch = torch.empty(size, device=self.device)
 
-    first = target.embed(batch.input_ids, keep)
-    second = ability_model.embed(batch.input_ids, compare)
-    for index in range(len(target.layers)):
-        target.layer(index, first, keep)
-        ability_model.layer(index, second, compare)
-    heads = ((target, target.normalise(first, keep)), (ability_model, ability_model.normalise(second, compare)))
-    rows, other_rows = (torch.cat(batch.answer_rows(hidden, 1)) for _, hidden in heads)
-    block = max(1, _HEAD_BYTES // (target.head.out_features * rows.element_size()))
-    for some, others in zip(torch.split(rows, block), torch.split(other_rows, block), strict=True):
-        target.run_head(some, keep_rows)
-        ability_model.run_head(others, compare_rows)
+    def add_differences(
+        self, every_sums: Sequence[DifferenceSums], saved: RunState | None, save_every: float, *, quiet: bool
+    ) -> None:
+        """Add up the differences of all micro-batches that a saved state does not have yet."""
+        done = saved.resume(every_sums) if saved is not None else 0
+        if done == len(self.batches):
+            return
+        with self._settled() as (weights, plan):
+            cutter = self._cutter(plan, saved)
+            engine = Engine(weights, self.pair.layout, self.pair.vocabulary, self.device)
+            with (
+                engine.observing(),
+                _progress(self.batches, done, plan, len(weights.pieces), quiet) as progress,
+                _kept_on_error(saved, every_sums, len(self.batches)) as reached,
+            ):
+                saved_at = time.monotonic()
+                while done < len(self.batches):
+                    reached(done)
+                    count, place = _WHOLE if cutter is None else cutter.cut([b for _, b in self.batches[done:]])
+                    chunk = self.batches[done : done + count]
+                    started, waited = time.monotonic(), weights.waited
+                    with ExitStack() as stack:
+                        for ability in {ability for ability, _ in chunk}:
+                            stack.enter_context(every_sums[ability].undone_on_error(self.pair.layout.modules))
+                        hidden = HiddenStates(place, self.device, saved.path.parent if saved is not None else None)
+                        stack.callback(hidden.close)
+                        works = [Work(batch.to(self.device), every_sums[ability]) for ability, batch in chunk]
+                        more = done + count < len(self.batches)
+                        engine.run(works, hidden, more=more, on_progress=progress)
+                        for ability in {ability for ability, _ in chunk}:
+                            _check_finite(every_sums[ability], self.abilities[ability], self.dtype)
+                    done += count
+                    if cutter is not None:
+                        cutter.learn(time.monotonic() - started, weights.waited - waited)
+                    if saved is not None and time.monotonic() - saved_at >= save_every:
+                        saved.save(every_sums, done, len(self.batches))
+                        saved_at = time.monotonic()
+                reached(done)
+                if saved is not None:
+                    saved.save(every_sums, done, len(self.batches))
+
+    @contextmanager
+    def _settled(self) -> Iterator[tuple[PairWeights, MemoryPlan]]:
+        """The pair's weights, as much of them in memory as the budget holds."""
+        pair, layout = self.pair, self.pair.layout
+        skeletons = pair.skeletons()
+        models = (
+            ModelWeights(SegmentedModel(skeletons[0]), pair.target, self.dtype, self.device),
+            ModelWeights(SegmentedModel(skeletons[1]), pair.ability_model, self.dtype, self.device),
+        )
+        head = models[0].segmented.head_name
+        weights = PairWeights(models, pair.shared_rows.get(head, layout.channel_shape(head)[0]))
+        try:
+            tokens = max(batch.input_ids.numel() for _, batch in self.batches)
+            sums = 8 * layout.channel_count() * (len(self.abilities) + 1) + scratch_bytes(layout, self.device)
+            longest = max(batch.input_ids.shape[1] for _, batch in self.batches)
+            working = sums + activation_bytes(models[0], layout, tokens, longest)
+            budget = free_memory(self.device, self.processes.local_count) if self.budget is None else self.budget
+            pieces = [weights.size(piece) for piece in weights.pieces]
+            # On a CPU the file that is copied from is mapped into the same memory.
+            mapped = max(pieces) // 2 if torch.device(self.device).type == "cpu" else 0
+            plan = plan_memory(
+                pieces,
+                budget=budget,
+                whole=weights.whole,
+                working=working,
+                outside=weights.outside + mapped,
+                hidden=2 * self._token_bytes * tokens,
+                all_hidden=2 * self._token_bytes * sum(batch.input_ids.numel() for _, batch in self.batches),
+            )
+            if isinstance(plan, int):
+                raise ValueError(
+                    f"a layer of both models and a micro-batch of {tokens} tokens need about {show_bytes(plan)} on "
+                    f"{self.device}; {'what is free is' if self.budget is None else '--memory-budget says'} "
+                    f"{show_bytes(budget)}. Say a smaller --batch-tokens, or a larger --memory-budget"
+                )
+            LOG.info("%s, of %s", _describe(plan, len(weights.pieces)), show_bytes(budget))
+            weights.settle(plan)
+            yield weights, plan
+        finally:
+            weights.close()
+
+    @property
+    def _token_bytes(self) -> int:
+        """Bytes of a token's hidden states in both models."""
+        width: int = self.pair.target.config.get_text_config().hidden_size
+        return 2 * width * self.dtype.itemsize
+
+    def _cutter(self, plan: MemoryPlan, saved: RunState | None) -> ChunkCutter | None:
+        if plan.everything:
+            return None
+        return ChunkCutter(
+            plan.hidden,
+            self._token_bytes,
+            self.pair.vocabulary,
+            on_host=torch.device(self.device).type != "cpu",
+            processes=self.processes.local_count,
+            folder=saved.path.parent if saved is not None else None,
+        )
+
+
+@contextmanager
+def _kept_on_error(
+    saved: RunState | None, every_sums: Sequence[DifferenceSums], total: int
+) -> Iterator[Callable[[int], None]]:
+    """If the run is interrupted or fails, save what it has reached.
+
+    Yields:
+        A function that is told how many micro-batches are done.
+    """
+    done = 0
+
+    def reached(count: int) -> None:
+        nonlocal done
+        done = count
+
+    try:
+        yield reached
+    except BaseException as error:
+        if saved is None or not done:
+            raise
+        try:
+            saved.save(every_sums, done, total)
+        except Exception as failure:
+            LOG.warning("the state of the run could not be saved: %s", failure)
+            raise error from None
+        if isinstance(error, KeyboardInterrupt):
+            message = f"Interrupted. {saved.path} keeps what is done; the same command goes on from there."
+            raise KeyboardInterrupt(message) from error
+        raise
+
+
+@contextmanager
+def _progress(
+    batches: Sequence[tuple[int, MicroBatch]], done: int, plan: MemoryPlan, pieces: int, quiet: bool
+) -> Iterator[Callable[[float], None]]:
+    """A bar, moved on by the function that is yielded."""
+    tokens = [batch.tokens for _, batch in batches]
+    streamed = "" if plan.everything else f" ({len(plan.streamed)} of {pieces} pieces streamed)"
+    with tqdm(
+        total=sum(tokens),
+        initial=sum(tokens[:done]),
+        unit="tok",
+        unit_scale=True,
+        desc=f"Profiling{streamed}",
+        disable=quiet,
+    ) as bar:
+        end = float(sum(tokens))
+
+        def move(moved: float) -> None:
+            bar.update(moved if bar.n + moved < end - 1e-3 else end - bar.n)  # rounding must not carry it past its end
+
+        yield move
+
+
+def _describe(plan: MemoryPlan, pieces: int) -> str:
+    if plan.everything:
+        return "both models stay in memory"
+    return (
+        f"{pieces - len(plan.streamed)} of {pieces} pieces of the models stay in memory, the others are loaded once "
+        f"per chunk of samples into {plan.buffers} buffers"
+    )
 
 
 def _check_samples(abilities: Sequence[AbilitySamples], pair: ModelPair) -> None:
@@ -162,16 +309,19 @@ def _check_samples(abilities: Sequence[AbilitySamples], pair: ModelPair) -> None
                 )
 
 
+def _check_finite(sums: DifferenceSums, ability: AbilitySamples, dtype: torch.dtype) -> None:
+    if torch.isfinite(sums.vector).all():
+        return
+    spoilt = [module for module, column in sums.sums.items() if not torch.isfinite(column).all()]
+    raise ValueError(
+        f'ability "{ability.name}": activations of {len(spoilt)} modules are NaN or infinite in {dtype} (the first '
+        f'is "{spoilt[0]}"); try --dtype float32, and see whether the models\' weights are finite'
+    )
+
+
 def _profile(pair: ModelPair, ability: AbilitySamples, sums: DifferenceSums, dtype: torch.dtype) -> Profile:
-    scores = sums.means()
-    spoilt = [module for module, column in scores.items() if not torch.isfinite(column).all()]
-    if spoilt:
-        raise ValueError(
-            f'ability "{ability.name}": activations of {len(spoilt)} modules are NaN or infinite in {dtype} (the first '
-            f'is "{spoilt[0]}"); try --dtype float32, and see whether the models\' weights are finite'
-        )
     return Profile(
-        scores=scores,
+        scores=sums.means(),
         layout=pair.layout,
         criterion="activation",
         ability=ability.name,

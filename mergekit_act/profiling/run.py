@@ -8,10 +8,13 @@ import torch
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers, collect_samples
 from mergekit_act.artifacts import Profile, save_profile
-from mergekit_act.files import check_free
+from mergekit_act.files import check_free, remove_leftovers
 from mergekit_act.profiling.controls import profile_without_data
+from mergekit_act.profiling.devices import default_dtype, usable_device
 from mergekit_act.profiling.pair import open_pair
-from mergekit_act.profiling.profiler import profile_pair, usable_device
+from mergekit_act.profiling.processes import join_processes
+from mergekit_act.profiling.profiler import profile_pair, run_settings
+from mergekit_act.profiling.state import check_settings, is_complete
 
 __all__ = ["write_profiles"]
 
@@ -24,6 +27,8 @@ def write_profiles(
     device: str | None = None,
     dtype: str | None = None,
     batch_tokens: int = 4096,
+    memory_budget: int | None = None,
+    save_every: float = 60.0,
     random_seed: int = 0,
     lora_merge_cache: str | None = None,
     trust_remote_code: bool = False,
@@ -32,6 +37,10 @@ def write_profiles(
 ) -> dict[Path, Profile]:
     """Profile the file's pair and write one profile per ability, or one for a criterion without data.
 
+    An activation run keeps its state beside the profiles, ``profile.state``, until they are written; the same call
+    goes on from there. Processes that ``torchrun`` or ``accelerate launch`` started share the samples; the first one
+    writes.
+
     Args:
         file: the abilities file.
         out_dir: where ``<ability>.safetensors`` are written.
@@ -39,36 +48,72 @@ def write_profiles(
         device: as for ``profile_pair``.
         dtype: name of the dtype in which the models run.
         batch_tokens: as for ``profile_pair``.
+        memory_budget: as for ``profile_pair``.
+        save_every: as for ``profile_pair``.
         random_seed: for the criterion ``random``.
         lora_merge_cache: folder for merged models, for references of the form ``model+lora``.
         trust_remote_code: allow the models' own code from the Hub.
-        overwrite: replace profiles that exist.
+        overwrite: replace profiles that exist, and the state of a run with other settings.
         quiet: show no progress.
 
     Returns:
-        The files written, and what is in them.
+        The files written, and what is in them; empty in all processes but the first.
 
     Raises:
         FileExistsError: a profile exists and ``overwrite`` is false; told before anything is loaded.
         FileNotFoundError: a model or data set does not exist.
-        ValueError: as ``open_pair``, ``collect_samples`` and ``profile_pair``.
+        ValueError: as ``open_pair``, ``collect_samples`` and ``profile_pair``; or there is the state of an unfinished
+            run with other settings.
     """
     names = list(file.abilities) if criterion == "activation" else [criterion]
     paths = [out_dir / f"{name}.safetensors" for name in names]
-    check_free(paths, overwrite=overwrite)
-    device = usable_device(device)
-    pair = open_pair(
-        file.target, file.ability_model, lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code
-    )
-    if pair.target.fingerprint == pair.ability_model.fingerprint:
-        raise ValueError(f"{file.target} and {file.ability_model} are the same model; there is nothing to transfer")
-    if criterion == "activation":
+    with join_processes() as processes:
+        # A run that was ended while it wrote its profiles has some of them, and its state.
+        if processes.rank == 0 and not any(is_complete(state) for state in _states(out_dir)):
+            check_free(paths, overwrite=overwrite)
+        device = usable_device(device, processes.local_rank if processes.count > 1 else None)
+        pair = open_pair(
+            file.target, file.ability_model, lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code
+        )
+        if pair.target.fingerprint == pair.ability_model.fingerprint:
+            raise ValueError(f"{file.target} and {file.ability_model} are the same model; there is nothing to transfer")
+        if criterion != "activation":
+            made = profile_without_data(pair, criterion, random_seed=random_seed)
+            if processes.rank > 0:
+                return {}
+            save_profile(made, paths[0], overwrite=overwrite)
+            return {paths[0]: made}
         tokenizers = Tokenizers(file.target, file.ability_model, trust_remote_code)
         abilities = [collect_samples(file, name, tokenizers) for name in file.abilities]
-        chosen = None if dtype is None else getattr(torch, dtype)
-        profiles = profile_pair(pair, abilities, device=device, dtype=chosen, batch_tokens=batch_tokens, quiet=quiet)
-    else:
-        profiles = [profile_without_data(pair, criterion, random_seed=random_seed)]
-    for profile, path in zip(profiles, paths, strict=True):
-        save_profile(profile, path, overwrite=overwrite)
-    return dict(zip(paths, profiles, strict=True))
+        chosen = default_dtype(device) if dtype is None else getattr(torch, dtype)
+        if processes.rank == 0:
+            settings = run_settings(pair, abilities, device, chosen, batch_tokens, processes)
+            for state in _states(out_dir):
+                check_settings(state, settings, overwrite=overwrite)
+        processes.wait()
+        part = f"-{processes.rank}-of-{processes.count}" if processes.count > 1 else ""
+        state = out_dir / f"profile{part}.state"
+        profiles = profile_pair(
+            pair,
+            abilities,
+            device=device,
+            dtype=chosen,
+            batch_tokens=batch_tokens,
+            memory_budget=memory_budget,
+            state=state,
+            save_every=save_every,
+            processes=processes,
+            quiet=quiet,
+        )
+        if processes.rank == 0:
+            for profile, path in zip(profiles, paths, strict=True):
+                remove_leftovers(path)
+                save_profile(profile, path, overwrite=True)
+        processes.wait()
+        state.unlink(missing_ok=True)
+        return dict(zip(paths, profiles, strict=True)) if processes.rank == 0 else {}
+
+
+def _states(out_dir: Path) -> list[Path]:
+    """The states of unfinished runs: one file, or one per process."""
+    return sorted(out_dir.glob("profile*.state"))

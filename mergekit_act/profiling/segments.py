@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mergekit_act.channels import is_expert_weight, is_fused_experts, is_router
 from mergekit_act.profiling.experts import can_observe_experts, observed_forward, router_logits
 
-__all__ = ["Carried", "SegmentedModel"]
+__all__ = ["Carried", "Observer", "SegmentedModel"]
 
 Observer = Callable[[str, Any], None]
 
@@ -30,12 +30,11 @@ class Carried:
     """What one micro-batch carries from segment to segment.
 
     Attributes:
-        input_ids: int64 ``[batch, tokens]``, padded on the right.
         hidden: the hidden state ``[batch, tokens, hidden]`` that the next segment receives.
-        calls: for each decoder layer the other arguments it receives.
+        calls: for each decoder layer the other arguments it receives. They follow from the token ids, and are found
+            again where they are not kept.
     """
 
-    input_ids: Tensor
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
@@ -60,11 +59,15 @@ class SegmentedModel:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.name = type(model).__name__
+        names = {id(module): name for name, module in model.named_modules()}
         self.layers = _decoder_layers(model)
+        self.layer_names = tuple(names[id(layer)] for layer in self.layers)
+        self.embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         head = model.get_output_embeddings()  # type: ignore[operator]
-        if not isinstance(head, nn.Linear):
+        if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
             raise ValueError(f"{self.name} has no linear head; it cannot be profiled")
         self.head = head
+        self.head_name = names[id(head)]
         self._returns_tuple: bool | None = None
         self._observer: Observer | None = None
 
@@ -86,7 +89,7 @@ class SegmentedModel:
         try:
             with ExitStack() as stack:
                 for name, module in experts.items():
-                    stack.enter_context(_forward(module, observed_forward(module, name, self._show)))
+                    stack.enter_context(replaced_forward(module, observed_forward(module, name, self._show)))
                 yield
         finally:
             for handle in handles:
@@ -138,15 +141,24 @@ class SegmentedModel:
             f"{self.name} does more with the hidden state between decoder layers than pass it on; it cannot be profiled"
         )
 
-    def layer(self, index: int, carried: Carried, observer: Observer | None = None) -> None:
-        """Run decoder layer ``index``; ``carried.hidden`` becomes its output."""
-        arguments, keywords = carried.calls[index]
+    def layer(self, index: int, input_ids: Tensor, carried: Carried, observer: Observer | None = None) -> Tensor:
+        """Run decoder layer ``index`` on ``carried.hidden``.
+
+        Returns:
+            Its output ``[batch, tokens, hidden]``; ``carried`` is not changed.
+        """
+        calls = carried.calls
+        if not calls:
+            with self._without_lookup(carried.hidden):
+                calls = self.embed(input_ids).calls
+        arguments, keywords = calls[index]
         with self._shown_to(observer):
             output = self.layers[index](carried.hidden, *arguments, **keywords)
         self._returns_tuple = isinstance(output, tuple)
-        carried.hidden = output[0] if isinstance(output, tuple) else output
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
 
-    def normalise(self, carried: Carried, observer: Observer | None = None) -> Tensor:
+    def normalise(self, input_ids: Tensor, hidden: Tensor, observer: Observer | None = None) -> Tensor:
         """The segment between the last decoder layer and the head.
 
         Returns:
@@ -159,27 +171,36 @@ class SegmentedModel:
             def forward(*_args: Any, **_kwargs: Any) -> Any:
                 if index == last:
                     self._observer = observer
-                return (carried.hidden,) if self._returns_tuple else carried.hidden
+                return (hidden,) if self._returns_tuple else hidden
 
             return forward
 
-        def capture(hidden: Tensor) -> Tensor:
-            captured.append(hidden)
+        def capture(normalised: Tensor) -> Tensor:
+            captured.append(normalised)
             raise _Interrupt
 
-        with self._replaced([pass_on(index) for index in range(last + 1)]), _forward(self.head, capture):
-            self._run(carried.input_ids)
+        with (
+            self._replaced([pass_on(index) for index in range(last + 1)]),
+            replaced_forward(self.head, capture),
+            self._without_lookup(hidden),
+        ):
+            self._run(input_ids)
         return captured[0]
 
-    def run_head(self, hidden: Tensor, observer: Observer | None = None) -> Tensor:
-        """The last segment: the head, on any rows ``[…, hidden]`` of its input."""
-        with self._shown_to(observer):
-            logits: Tensor = self.head(hidden)
-        return logits
+    @contextmanager
+    def _without_lookup(self, like: Tensor) -> Iterator[None]:
+        """The token embedding puts out zeros, so that the model's forward needs none of its rows."""
+        width = self.embedding.weight.shape[-1]
+
+        def forward(input_ids: Tensor) -> Tensor:
+            return like.new_zeros(*input_ids.shape, width)
+
+        with replaced_forward(self.embedding, forward):
+            yield
 
     def _record(self, input_ids: Tensor, observer: Observer | None, returns_tuple: bool) -> Carried | None:
         """Embed and record the layers' arguments; None if the layers don't get what the one before returned."""
-        carried = Carried(input_ids, torch.empty(0))
+        carried = Carried(torch.empty(0))
         last = len(self.layers) - 1
 
         def record(index: int) -> Callable[..., Any]:
@@ -224,22 +245,23 @@ class SegmentedModel:
 
     @contextmanager
     def _replaced(self, forwards: list[Callable[..., Any]]) -> Iterator[None]:
-        for layer, forward in zip(self.layers, forwards, strict=True):
-            layer.forward = forward
-        try:
+        with ExitStack() as stack:
+            for layer, forward in zip(self.layers, forwards, strict=True):
+                stack.enter_context(replaced_forward(layer, forward))
             yield
-        finally:
-            for layer in self.layers:
-                del layer.forward
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def _owner(name: str) -> str:

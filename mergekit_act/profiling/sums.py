@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,11 +11,16 @@ from torch import Tensor
 from mergekit_act.channels import Layout
 from mergekit_act.profiling.experts import ExpertOutput
 
-__all__ = ["DifferenceSums"]
+__all__ = ["DifferenceSums", "scratch_bytes"]
 
 # Numbers whose differences are computed together: on a CPU they should stay in its cache.
 _CPU_BLOCK = 1 << 18
-_DEVICE_BLOCK = 1 << 27
+_DEVICE_BLOCK = 1 << 26
+
+
+def scratch_bytes(layout: Layout, device: str) -> int:
+    """Device memory that the differences need besides the sums."""
+    return 4 * _block(layout, device)
 
 
 class DifferenceSums:
@@ -23,31 +29,40 @@ class DifferenceSums:
     Args:
         layout: the channels.
         device: where the sums are kept and the differences computed.
+        scratch: where differences are computed, float32; sums that are added to in turn can share it.
     """
 
-    def __init__(self, layout: Layout, device: str) -> None:
+    def __init__(self, layout: Layout, device: str, scratch: Tensor | None = None) -> None:
         self._layout = layout
-        sizes = [layout.channel_count([module]) for module in layout.modules]
-        self.vector = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        self.sums = dict(zip(layout.modules, torch.split(self.vector, sizes), strict=True))
+        self._sizes = [layout.channel_count([module]) for module in layout.modules]
+        self.vector = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
+        self.sums = dict(zip(layout.modules, torch.split(self.vector, self._sizes), strict=True))
         self.counts = dict.fromkeys(layout.modules, 0)
         self.expert_tokens: dict[str, list[int]] = {}  # module -> answer tokens that the target routed to each
-        self._block = max(_CPU_BLOCK if device == "cpu" else _DEVICE_BLOCK, *sizes)
-        self._scratch = torch.empty(self._block, device=device)
+        self.scratch = torch.empty(_block(layout, device), device=device) if scratch is None else scratch
 
-    def add(self, module: str, target: Sequence[Tensor], ability_model: Sequence[Tensor]) -> None:
-        """Add abs(ability_model − target), in parts of ``[rows, channels]``; of two vocabularies what both have."""
+    def add(self, module: str, target: Sequence[Tensor], ability_model: Sequence[Tensor], *, first: int = 0) -> None:
+        """Add abs(ability_model − target).
+
+        Args:
+            module: whose channels they are.
+            target: the target's output, in parts of ``[rows, channels]``.
+            ability_model: the ability model's; of two vocabularies both have what they share, in front.
+            first: the module's channel that these begin with. Its rows are counted with channel 0.
+        """
         for ours, theirs in zip(target, ability_model, strict=True):
             channels = min(ours.shape[-1], theirs.shape[-1])
-            block = max(1, self._block // channels)
+            total = self.sums[module][first : first + channels]
+            block = max(1, len(self.scratch) // channels)
             for some, others in zip(torch.split(ours, block), torch.split(theirs, block), strict=True):
-                difference = self._scratch[: len(some) * channels].view(len(some), channels)
+                difference = self.scratch[: len(some) * channels].view(len(some), channels)
                 if others.dtype == torch.float32:
                     torch.sub(others[:, :channels], some[:, :channels], out=difference)
                 else:  # subtracting into a float32 tensor would round to the narrow dtype first
                     difference.copy_(others[:, :channels]).sub_(some[:, :channels])
-                self.sums[module][:channels] += difference.abs_().sum(0)
-            self.counts[module] += len(ours)
+                total += difference.abs_().sum(0)
+            if first == 0:
+                self.counts[module] += len(ours)
 
     def add_experts(self, module: str, target: ExpertOutput, ability_model: ExpertOutput, *, answers: int) -> None:
         """Add the differences of one projection of experts; an expert's activation for a token not routed to it is 0.
@@ -72,9 +87,28 @@ class DifferenceSums:
             seen = self.expert_tokens.setdefault(experts, [0] * len(sums))
             self.expert_tokens[experts] = [sum(pair) for pair in zip(seen, target.counts(), strict=True)]
 
+    @contextmanager
+    def undone_on_error(self, modules: Sequence[str]) -> Iterator[None]:
+        """What is added to these modules within is taken back if an error ends it, to the bit."""
+        before = {module: (self.sums[module].clone(), self.counts[module]) for module in modules}
+        tokens = dict(self.expert_tokens)
+        try:
+            yield
+        except BaseException:
+            for module, (total, count) in before.items():
+                self.sums[module].copy_(total)
+                self.counts[module] = count
+            self.expert_tokens = tokens
+            raise
+
     def means(self) -> dict[str, Tensor]:
         """module -> float32 ``[channels]`` (``[experts, channels]``), on the CPU."""
         return {
             module: (total / self.counts[module]).float().cpu().view(self._layout.channel_shape(module))
             for module, total in self.sums.items()
         }
+
+
+def _block(layout: Layout, device: str) -> int:
+    sizes = [layout.channel_count([module]) for module in layout.modules if len(layout.channel_shape(module)) == 1]
+    return max(_CPU_BLOCK if device == "cpu" else _DEVICE_BLOCK, *sizes)

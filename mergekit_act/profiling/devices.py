@@ -1,0 +1,48 @@
+"""Where and in which dtype models run."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["default_device", "default_dtype", "usable_device"]
+
+
+def default_device() -> str:
+    """The accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def usable_device(device: str | None, local_rank: int | None = None) -> str:
+    """The device, or the default one for None.
+
+    Args:
+        device: as PyTorch names it.
+        local_rank: of several processes on this machine, each takes the accelerator of this number if ``device``
+            names none.
+
+    Raises:
+        ValueError: PyTorch can't use it here.
+    """
+    device = device or default_device()
+    try:
+        if local_rank is not None and torch.device(device).type != "cpu" and torch.device(device).index is None:
+            device = f"{device}:{local_rank}"
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f'device "{device}" cannot be used here: {reason}; the default is {default_device()}'
+        ) from error
+    return device
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32: by capability, so runs can be repeated."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if kind == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.float32

@@ -1,0 +1,302 @@
+"""The engine: a chunk of micro-batches goes through both models segment by segment, differences are added up.
+
+For a segment, the target's modules put out their activations, which are kept at the answer tokens; then the ability
+model's do, and both are reduced to one sum per channel and dropped. Hidden states wait between segments, so a segment
+is needed once per chunk, however many micro-batches that has. Sums are added to in the order of the micro-batches,
+whatever the chunks are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mergekit_act.channels import Layout
+from mergekit_act.profiling.batches import MicroBatch
+from mergekit_act.profiling.experts import ExpertOutput
+from mergekit_act.profiling.hidden import HiddenStates
+from mergekit_act.profiling.outputs import KeptOutput, OutputForms
+from mergekit_act.profiling.segments import Carried, Observer
+from mergekit_act.profiling.sums import DifferenceSums
+from mergekit_act.profiling.weights import HeadSlice, ModelWeights, PairWeights, synchronize
+
+__all__ = ["Engine", "Work", "activation_bytes"]
+
+LOG = logging.getLogger(__name__)
+
+# Logits are compared in blocks of rows of at most this many bytes for each model, whatever fits.
+_CPU_LOGITS = 1 << 26
+_DEVICE_LOGITS = 1 << 28
+_PROBED_IDS = 64
+
+Hidden = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Work:
+    """A micro-batch on its way.
+
+    Attributes:
+        batch: the micro-batch, on the device.
+        sums: those of its ability.
+        calls: what the decoder layers of both models receive besides the hidden state, if that is kept.
+        at_head: whether its hidden states are the heads' input at the answer tokens, ``[answer tokens, hidden]``.
+    """
+
+    batch: MicroBatch
+    sums: DifferenceSums
+    calls: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
+    at_head: bool = False
+    key: int = field(default_factory=count().__next__)
+
+
+class Engine:
+    """Runs a pair over micro-batches.
+
+    Args:
+        weights: of the pair, settled.
+        layout: the channels.
+        vocabulary: token ids below this one are valid.
+        device: where the models run.
+    """
+
+    def __init__(self, weights: PairWeights, layout: Layout, vocabulary: int, device: str) -> None:
+        self._weights, self._vocabulary, self._device = weights, vocabulary, device
+        self._target, self._ability_model = (model.segmented for model in weights.models)
+        self._head = self._target.head_name
+        prefixes = [f"{name}." for name in self._target.layer_names]
+        self._layers = [tuple(m for m in layout.modules if m.startswith(prefix)) for prefix in prefixes]
+        inside = {self._head, *(module for layer in self._layers for module in layer)}
+        self._outside = tuple(module for module in layout.modules if module not in inside)
+        self._observed = tuple(module for module in layout.modules if module != self._head)
+        self._forms = OutputForms(self._target.name, layout, vocabulary, device)
+        self._learnt: set[int | None] = set()
+        self._width = 0
+        self._most_tokens: int | None = None  # of a micro-batch, once a larger one did not fit
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Within, the models' outputs are seen, and no gradients are made."""
+        # Not inference mode, in which tensors don't count their changes.
+        with torch.no_grad(), self._target.observing(self._observed), self._ability_model.observing(self._observed):
+            yield
+
+    def run(
+        self,
+        chunk: Sequence[Work],
+        hidden: HiddenStates,
+        *,
+        more: bool = False,
+        on_progress: Callable[[float], Any] = lambda tokens: None,
+    ) -> None:
+        """Add up the differences of a chunk of micro-batches; ``observing`` has to be around it.
+
+        Args:
+            chunk: the micro-batches.
+            hidden: where their hidden states wait.
+            more: whether another chunk follows.
+            on_progress: told the tokens that are done, in small parts.
+
+        Raises:
+            ValueError: a module's output can't be observed or read, or a single sample does not fit the memory.
+        """
+        pieces = self._weights.pieces
+        share = 1 / (2 + len(pieces))
+        works = list(chunk)
+        while self._most_tokens is not None and any(self._too_large(work) for work in works):
+            works = [part for work in works for part in (_halves(work) if self._too_large(work) else (work,))]
+
+        def advance(modules: Sequence[str], step: Callable[[Work, Any], Hidden | None]) -> None:
+            moved = []
+            for work in works:
+                for part in self._advance(work, hidden, modules, step):
+                    moved.append(part)
+                    on_progress(part.batch.tokens * share)
+            works[:] = moved
+
+        self._weights.fetch()
+        keeps_calls = len(works) == 1
+        ids = torch.cat([work.batch.input_ids.flatten() for work in works])
+        probed = torch.arange(min(_PROBED_IDS, self._vocabulary), device=ids.device)
+        with self._weights.embeddings_of(torch.unique(torch.cat([ids, probed]))):
+            self._learn(None)
+            advance(self._outside, partial(self._embed, keeps_calls))
+            synchronize(self._device)
+        for place, piece in enumerate(pieces):
+            if piece.layer is None and not works[0].at_head:
+                advance(self._outside, self._normalise)
+            with self._weights.present(place, more=more) as heads:
+                if piece.layer is None:
+                    advance((self._head,), partial(self._compare_heads, heads))
+                else:
+                    self._learn(piece.layer)
+                    advance(self._layers[piece.layer], partial(self._layer, piece.layer))
+        for work in works:
+            for side in (0, 1):
+                hidden.drop((work.key, side))
+
+    def _too_large(self, work: Work) -> bool:
+        size = work.batch.input_ids
+        return self._most_tokens is not None and size.numel() > self._most_tokens and len(size) > 1
+
+    def _learn(self, layer: int | None) -> None:
+        """Learn the forms of a layer's outputs, or of those outside of layers, when it is first there."""
+        if layer in self._learnt:
+            return
+        target = self._target
+
+        def run_outside(ids: Tensor, observer: Observer) -> None:
+            embedded = target.embed(ids, observer).hidden
+            self._width = embedded.shape[-1]
+            target.normalise(ids, embedded, observer)
+
+        def run_layer(ids: Tensor, observer: Observer) -> None:
+            generator = torch.Generator().manual_seed(0)
+            hidden = torch.randn(*ids.shape, self._width, generator=generator)
+            hidden = hidden.to(device=self._device, dtype=self._weights.models[0].dtype)
+            target.layer(layer or 0, ids, Carried(hidden), observer)
+
+        modules, run = (self._outside, run_outside) if layer is None else (self._layers[layer], run_layer)
+        self._forms.learn(modules, run)
+        self._learnt.add(layer)
+
+    def _advance(
+        self, work: Work, hidden: HiddenStates, modules: Sequence[str], step: Callable[[Work, Any], Hidden | None]
+    ) -> list[Work]:
+        """Take a micro-batch through a segment, in halves if it does not fit the memory."""
+        keys = ((work.key, 0), (work.key, 1))
+        pair: Any = tuple(hidden.take(key) for key in keys) if hidden.has(keys[1]) else None
+        fits = True
+        try:
+            with work.sums.undone_on_error(modules):
+                moved = step(work, pair)
+        except torch.OutOfMemoryError:
+            fits = False  # the error holds what has been allocated until its block is left
+        if fits:
+            if moved is not None:
+                for key, tensor in zip(keys, moved, strict=True):
+                    hidden.put(key, tensor)
+            return [work]
+        self._note_halving(work)
+        parts = _halves(work)
+        if pair is not None:
+            rows = len(parts[0].batch.sample_of) if work.at_head else len(parts[0].batch.input_ids)
+            for key, tensor in zip(keys, pair, strict=True):
+                for part, some in zip(parts, (tensor[:rows], tensor[rows:]), strict=True):
+                    hidden.put((part.key, key[1]), some.clone())
+                hidden.drop(key)
+        return [done for part in parts for done in self._advance(part, hidden, modules, step)]
+
+    def _note_halving(self, work: Work) -> None:
+        samples, length = work.batch.input_ids.shape
+        if samples == 1:
+            raise ValueError(
+                f"one sample of {length} tokens does not fit the memory of {self._device}; lower max_length, or say a "
+                "smaller --memory-budget, so that fewer weights stay"
+            )
+        if self._most_tokens is None:
+            LOG.warning(
+                "out of memory on %s with a micro-batch of %d samples of %d tokens: it is halved, and so are those "
+                "after it. The last digits of the scores may differ from a run that has more memory, or a smaller "
+                "--batch-tokens",
+                self._device, samples, length,
+            )  # fmt: skip
+        self._most_tokens = min(self._most_tokens or samples * length, -(-samples // 2) * length)
+        if torch.device(self._device).type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _observers(self, work: Work) -> tuple[Observer, Observer]:
+        """One that keeps the target's outputs, and one that compares the ability model's with them."""
+        kept: dict[str, list[KeptOutput]] = {}
+        batch, sums, forms = work.batch, work.sums, self._forms
+
+        def keep(module: str, output: Tensor | ExpertOutput) -> None:
+            kept.setdefault(module, []).append(forms.keep(module, output, batch))
+
+        def compare(module: str, output: Tensor | ExpertOutput) -> None:
+            rows = kept[module].pop(0).read(module)
+            if isinstance(output, ExpertOutput):
+                sums.add_experts(module, rows, output.at(batch.answer_places), answers=len(batch.sample_of))
+            else:
+                sums.add(module, rows, batch.answer_rows(output, forms.token_axes[module]))
+
+        return keep, compare
+
+    def _embed(self, keeps_calls: bool, work: Work, _: None) -> Hidden:
+        ids = work.batch.input_ids
+        keep, compare = self._observers(work)
+        first, second = self._target.embed(ids, keep), self._ability_model.embed(ids, compare)
+        if keeps_calls:
+            work.calls = (first.calls, second.calls)
+        return first.hidden, second.hidden
+
+    def _layer(self, layer: int, work: Work, pair: Hidden) -> Hidden:
+        ids = work.batch.input_ids
+        keep, compare = self._observers(work)
+        first, second = (Carried(hidden, calls) for hidden, calls in zip(pair, work.calls, strict=True))
+        return (
+            self._target.layer(layer, ids, first, keep),
+            self._ability_model.layer(layer, ids, second, compare),
+        )
+
+    def _normalise(self, work: Work, pair: Hidden) -> Hidden:
+        ids = work.batch.input_ids
+        keep, compare = self._observers(work)
+        outputs = (
+            self._target.normalise(ids, pair[0], keep),
+            self._ability_model.normalise(ids, pair[1], compare),
+        )
+        work.calls, work.at_head = ([], []), True
+        first, second = (torch.cat(work.batch.answer_rows(output, 1)) for output in outputs)
+        return first, second
+
+    def _compare_heads(self, heads: Sequence[HeadSlice], work: Work, pair: Hidden) -> None:
+        ours, theirs = heads
+        limit = _CPU_LOGITS if torch.device(self._device).type == "cpu" else _DEVICE_LOGITS
+        block = max(1, limit // (len(ours.weight) * pair[0].element_size()))
+        for some, others in zip(torch.split(pair[0], block), torch.split(pair[1], block), strict=True):
+            logits = functional.linear(some, ours.weight, ours.bias)
+            other_logits = functional.linear(others, theirs.weight, theirs.bias)
+            work.sums.add(self._head, [logits], [other_logits], first=ours.first)
+
+
+def _halves(work: Work) -> list[Work]:
+    return [Work(half, work.sums, at_head=work.at_head) for half in work.batch.halves()]
+
+
+def activation_bytes(model: ModelWeights, layout: Layout, tokens: int, longest: int) -> int:
+    """About how much device memory a micro-batch needs while a layer of both models runs, hidden states excluded.
+
+    Args:
+        model: one of the two.
+        layout: its channels.
+        tokens: of the micro-batch, padding included.
+        longest: tokens of the longest sample.
+    """
+    config: Any = model.segmented.model.config
+    text = config.get_text_config()
+    chosen = max(1, int(getattr(text, "num_experts_per_tok", None) or 1))
+
+    def width(module: str) -> int:
+        shape = layout.channel_shape(module)
+        return shape[-1] * (chosen if len(shape) == 2 else 1)
+
+    layers = [[m for m in layout.modules if m.startswith(f"{name}.")] for name in model.segmented.layer_names]
+    kept = max(sum(map(width, layer)) for layer in layers)
+    widest = max(width(module) for layer in layers for module in layer)
+    # The target's outputs wait; the ability model computes its widest part, from its input and the residual.
+    numbers = tokens * (kept + 3 * widest + 4 * text.hidden_size)
+    logits = _CPU_LOGITS if torch.device(model.device).type == "cpu" else _DEVICE_LOGITS
+    scores = 0
+    if getattr(text, "_attn_implementation", None) == "eager":
+        scores = text.num_attention_heads * tokens * longest * (model.dtype.itemsize + 4)
+    return max(int(numbers) * model.dtype.itemsize + scores, 3 * logits)

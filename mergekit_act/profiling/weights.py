@@ -1,0 +1,410 @@
+"""The weights of a pair: what fits stays, the rest comes piece by piece, the next one while the current one is used.
+
+A piece is what is needed at one time: a decoder layer of both models, or a slice of their heads' rows. Pieces that do
+not stay are copied into buffers that are used again, so that memory neither grows nor falls apart; files are closed
+after each, so that their mapped pages do not stay either.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_act.checkpoints import Checkpoint
+from mergekit_act.profiling.memory import MemoryPlan
+from mergekit_act.profiling.segments import SegmentedModel, replaced_forward
+
+__all__ = ["HeadSlice", "ModelWeights", "PairWeights", "Piece"]
+
+LOG = logging.getLogger(__name__)
+
+# Rows of the heads that are compared together, whatever fits: sums must not depend on the memory.
+_HEAD_ROWS = 1 << 14
+_ALIGNMENT = 64
+_STAGING_BYTES = 1 << 25
+_MAPPED_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A parameter or saved buffer of a skeleton.
+
+    Attributes:
+        names: all its names; several if the model ties them.
+        original: what the skeleton has in its place.
+    """
+
+    names: tuple[str, ...]
+    original: Tensor
+
+    @property
+    def is_parameter(self) -> bool:
+        return isinstance(self.original, nn.Parameter)
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which it is needed, in a model that runs in ``dtype``."""
+        return dtype if self.is_parameter else self.original.dtype
+
+    def put(self, model: nn.Module, tensor: Tensor) -> None:
+        """Set it in the model, under all its names."""
+        value = nn.Parameter(tensor, requires_grad=False) if self.is_parameter else tensor
+        for name in self.names:
+            owner, _, attribute = name.rpartition(".")
+            module = model.get_submodule(owner)
+            (module._parameters if self.is_parameter else module._buffers)[attribute] = value  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class HeadSlice:
+    """Some rows of a head: ``weight [rows, hidden]``, perhaps ``bias [rows]``, and which row is the ``first``."""
+
+    weight: Tensor
+    bias: Tensor | None
+    first: int
+
+
+class ModelWeights:
+    """A skeleton, and the checkpoint that its weights come from.
+
+    Args:
+        segmented: the skeleton, as ``build_skeleton`` makes it. It is given its weights, and moved to ``device``.
+        checkpoint: where they come from.
+        dtype: in which the model runs.
+        device: where it runs.
+
+    Raises:
+        ValueError: a tensor is missing or of another shape; all are listed. Told from headers alone.
+    """
+
+    def __init__(self, segmented: SegmentedModel, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
+        self.segmented, self.checkpoint, self.dtype, self.device = segmented, checkpoint, dtype, device
+        self.copier = _Copier(device)
+        model = segmented.model
+        named: dict[int, list[str]] = {}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, parameter in parameters.items():
+            named.setdefault(id(parameter), []).append(name)
+        stored = [_Stored(tuple(names), parameters[names[0]]) for names in named.values()]
+        buffers = [name for name in model.state_dict() if name not in parameters]
+        self.stored = self._checked([*stored, *(_Stored((name,), model.get_buffer(name)) for name in buffers)])
+        by_name = {name: one for one in self.stored for name in one.names}
+        prefixes = tuple(f"{name}." for name in segmented.layer_names)
+        self.layers = [[one for one in self.stored if one.names[0].startswith(prefix)] for prefix in prefixes]
+        self.embedding = next(one for one in self.stored if one.original is segmented.embedding.weight)
+        self.head = by_name[f"{segmented.head_name}.weight"]
+        self.head_bias = by_name.get(f"{segmented.head_name}.bias")
+        apart = [*(one for layer in self.layers for one in layer), self.embedding, self.head, self.head_bias]
+        self.outside = [one for one in self.stored if all(one is not other for other in apart)]
+        for module in model.modules():  # rotary tables and the like
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+
+    def bytes_of(self, stored: Sequence[_Stored]) -> int:
+        """Device memory that these take."""
+        return sum(one.original.numel() * one.dtype(self.dtype).itemsize for one in stored)
+
+    def load(self, stored: Sequence[_Stored] | None = None) -> None:
+        """Give the skeleton these weights, or all, for good; on a CPU they stay mapped where the dtype allows it."""
+        mapped = 0
+        for one in self.stored if stored is None else stored:
+            tensor, dtype = self.read(one), one.dtype(self.dtype)
+            mapped += tensor.nbytes
+            if mapped > _MAPPED_BYTES:
+                self.checkpoint.flush()
+                mapped = 0
+            if torch.device(self.device).type == "cpu":
+                one.put(self.segmented.model, tensor.to(dtype))
+            else:
+                into = torch.empty(tensor.shape, dtype=dtype, device=self.device)
+                self.copier.copy(into, tensor)
+                one.put(self.segmented.model, into)
+        self.copier.finish()
+
+    def read(self, stored: _Stored) -> Tensor:
+        """What the checkpoint has of it."""
+        tensor = self.checkpoint.read(*stored.names)
+        assert tensor is not None, stored.names
+        return tensor
+
+    def _checked(self, stored: list[_Stored]) -> list[_Stored]:
+        present, problems = [], []
+        for one in stored:
+            shape, expected = self.checkpoint.shape(*one.names), tuple(one.original.shape)
+            if shape is None and not one.is_parameter:
+                LOG.warning(
+                    '%s has no "%s"; it stays as the model class makes it', self.checkpoint.reference, one.names[0]
+                )
+            elif shape is None:
+                problems.append(f'"{one.names[0]}" is missing')
+            elif shape != expected:
+                problems.append(f'"{one.names[0]}" is {list(shape)}, the config says {list(expected)}')
+            else:
+                present.append(one)
+        if problems:
+            shown = "; ".join(sorted(problems)[:10])
+            raise ValueError(f"{self.checkpoint.reference} does not fit its config: {shown} ({len(problems)} in all)")
+        return present
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A decoder layer of both models, or some rows of both heads."""
+
+    layer: int | None
+    rows: slice | None = None
+
+
+class PairWeights:
+    """The weights of two models, present when they are needed.
+
+    Args:
+        models: the target's and the ability model's.
+        head_rows: number of the heads' rows that are compared: those both have.
+
+    Attributes:
+        pieces: layers, then slices of the heads.
+        waited: seconds for which pieces were waited for.
+    """
+
+    def __init__(self, models: tuple[ModelWeights, ModelWeights], head_rows: int) -> None:
+        self.models = models
+        layers = [Piece(index) for index in range(len(models[0].layers))]
+        starts = range(0, head_rows, _HEAD_ROWS)
+        slices = [Piece(None, slice(start, min(start + _HEAD_ROWS, head_rows))) for start in starts]
+        self.pieces = (*layers, *slices)
+        self.waited = 0.0
+        self._copier = models[0].copier
+        self._everything = False
+        self._kept: dict[int, list[HeadSlice]] = {}  # slices of the heads that stay
+        self._order: list[int] = []  # places of the pieces that are streamed
+        self._free: list[Tensor] = []
+        self._pending: tuple[int, Tensor, Future[list[tuple[int, _Stored, Tensor]]]] | None = None
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+
+    @property
+    def whole(self) -> int:
+        """Bytes that all weights of both models take."""
+        return sum(model.bytes_of(model.stored) for model in self.models)
+
+    @property
+    def outside(self) -> int:
+        """Bytes of what is in no piece and always stays; token embeddings are looked up in their files."""
+        return sum(model.bytes_of(model.outside) for model in self.models)
+
+    def size(self, piece: Piece) -> int:
+        """Bytes that a piece takes in a buffer."""
+        return sum(_padded(shape.numel() * dtype.itemsize) for _, _, shape, dtype in self._parts(piece))
+
+    def settle(self, plan: MemoryPlan) -> None:
+        """Load what stays, and make the buffers for the rest."""
+        if plan.everything:
+            for model in self.models:
+                model.load()
+            self._everything = True
+            return
+        device = self.models[0].device
+        for model in self.models:
+            model.load(model.outside)
+            model.checkpoint.flush()
+        for place, piece in enumerate(self.pieces):
+            if place in plan.streamed:
+                self._order.append(place)
+            else:
+                loaded = self._load(piece, torch.empty(self.size(piece), dtype=torch.uint8, device=device))
+                heads = self._put(piece, loaded)
+                if heads:
+                    self._kept[place] = heads
+        largest = max(self.size(self.pieces[place]) for place in self._order)
+        self._free = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(plan.buffers)]
+
+    @contextmanager
+    def present(self, place: int, *, more: bool) -> Iterator[list[HeadSlice]]:
+        """Have a piece's weights in the models.
+
+        Args:
+            place: of the piece.
+            more: whether the first piece will be needed again after the last one.
+
+        Yields:
+            For a piece of the heads both slices.
+        """
+        piece = self.pieces[place]
+        if place not in self._order:
+            yield self._kept.get(place) or (self._slices(piece) if piece.rows is not None else [])
+            return
+        started = time.perf_counter()
+        if self._pending is None:
+            self.fetch(place)
+        assert self._pending is not None
+        fetched, buffer, future = self._pending
+        assert fetched == place
+        loaded = future.result()
+        self._pending = None
+        self.waited += time.perf_counter() - started
+        following = self._following(place, more)
+        if following is not None and self._free:
+            self.fetch(following)
+        try:
+            yield self._put(piece, loaded)
+        finally:
+            synchronize(self.models[0].device)
+            for side, stored, _ in loaded if piece.rows is None else ():
+                stored.put(self.models[side].segmented.model, stored.original)
+            self._free.append(buffer)
+        if following is not None and self._pending is None:
+            self.fetch(following)
+
+    def fetch(self, place: int | None = None) -> None:
+        """Begin to load a piece that is streamed, by default the first, unless one is on its way."""
+        if self._pending is None and self._order:
+            place = self._order[0] if place is None else place
+            buffer = self._free.pop()
+            self._pending = (place, buffer, self._worker.submit(self._load, self.pieces[place], buffer))
+
+    @contextmanager
+    def embeddings_of(self, token_ids: Tensor) -> Iterator[None]:
+        """Have the token embeddings' rows for these ids in the models.
+
+        Args:
+            token_ids: int64 ``[ids]``, sorted, each once.
+        """
+        if self._everything:
+            yield
+            return
+        with ExitStack() as stack:
+            for model in self.models:
+                embedding: Any = model.segmented.embedding
+                rows = model.read(model.embedding)[token_ids.cpu()].to(device=model.device, dtype=model.dtype)
+                model.checkpoint.flush()
+                lookup = embedding.forward
+                # A padding index, which matters in training alone, has to be one of the rows.
+                padding = getattr(embedding, "padding_idx", None)
+                stack.callback(setattr, embedding, "padding_idx", padding)
+                embedding.padding_idx = None
+                stack.callback(setattr, embedding, "weight", embedding.weight)
+                embedding.weight = nn.Parameter(rows, requires_grad=False)
+
+                def forward(input_ids: Tensor, lookup: Any = lookup) -> Tensor:
+                    looked_up: Tensor = lookup(torch.searchsorted(token_ids, input_ids))
+                    return looked_up
+
+                stack.enter_context(replaced_forward(embedding, forward))
+            yield
+
+    def close(self) -> None:
+        """End the loading of what is on its way."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        for model in self.models:
+            model.checkpoint.flush()
+
+    def _following(self, place: int, more: bool) -> int | None:
+        at = self._order.index(place) + 1
+        if at < len(self._order):
+            return self._order[at]
+        return self._order[0] if more else None
+
+    def _parts(self, piece: Piece) -> Iterator[tuple[int, _Stored, torch.Size, torch.dtype]]:
+        """(which model, parameter, shape of what the piece has of it, dtype)."""
+        for side, model in enumerate(self.models):
+            if piece.layer is not None:
+                parts = model.layers[piece.layer]
+            else:
+                parts = [one for one in (model.head, model.head_bias) if one is not None]
+            for stored in parts:
+                shape = stored.original.shape
+                if piece.rows is not None:
+                    shape = torch.Size((piece.rows.stop - piece.rows.start, *shape[1:]))
+                yield side, stored, shape, stored.dtype(model.dtype)
+
+    def _load(self, piece: Piece, buffer: Tensor) -> list[tuple[int, _Stored, Tensor]]:
+        """Copy a piece into a buffer, tensor by tensor."""
+        loaded, end, open_side = [], 0, 0
+        for side, stored, shape, dtype in self._parts(piece):
+            if side != open_side:
+                self.models[open_side].checkpoint.flush()
+                open_side = side
+            size = shape.numel() * dtype.itemsize
+            into = buffer[end : end + size].view(dtype).view(shape)
+            end += _padded(size)
+            tensor = self.models[side].read(stored)
+            self._copier.copy(into, tensor if piece.rows is None else tensor[piece.rows])
+            loaded.append((side, stored, into))
+        self.models[open_side].checkpoint.flush()
+        self._copier.finish()
+        return loaded
+
+    def _put(self, piece: Piece, loaded: list[tuple[int, _Stored, Tensor]]) -> list[HeadSlice]:
+        if piece.rows is not None:
+            by_stored = {(side, id(stored)): tensor for side, stored, tensor in loaded}
+            return [
+                HeadSlice(by_stored[side, id(model.head)], by_stored.get((side, id(model.head_bias))), piece.rows.start)
+                for side, model in enumerate(self.models)
+            ]
+        for side, stored, tensor in loaded:
+            stored.put(self.models[side].segmented.model, tensor)
+        return []
+
+    def _slices(self, piece: Piece) -> list[HeadSlice]:
+        """The slices of heads that are present as a whole."""
+        rows = piece.rows
+        assert rows is not None
+        heads = [model.segmented.head for model in self.models]
+        return [
+            HeadSlice(head.weight[rows], None if head.bias is None else head.bias[rows], rows.start) for head in heads
+        ]
+
+
+class _Copier:
+    """Copies tensors in host memory to the device: on CUDA through two pinned buffers, on a stream of its own."""
+
+    def __init__(self, device: str) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._turn = 0
+        if torch.device(device).type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+            self._pinned = [torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+
+    def copy(self, into: Tensor, tensor: Tensor) -> None:
+        """Begin to copy, in the dtype of ``into``."""
+        if self._stream is None:
+            into.copy_(tensor)
+            return
+        flat, source = into.view(-1), tensor.reshape(-1)
+        for some, others in zip(
+            torch.split(flat, _STAGING_BYTES // into.itemsize),
+            torch.split(source, _STAGING_BYTES // into.itemsize),
+            strict=True,
+        ):
+            event, pinned = self._events[self._turn], self._pinned[self._turn]
+            event.synchronize()  # what was in this buffer has been copied
+            waiting = pinned[: some.nbytes].view(into.dtype)
+            waiting.copy_(others)
+            with torch.cuda.stream(self._stream):
+                some.copy_(waiting, non_blocking=True)
+                event.record(self._stream)
+            self._turn ^= 1
+
+    def finish(self) -> None:
+        """Wait until all is copied."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+def synchronize(device: str) -> None:
+    """Wait until a device has done what it was told."""
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
