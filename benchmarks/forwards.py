@@ -16,10 +16,9 @@ from pathlib import Path
 
 import click
 import torch
-from random_pair import CONFIGS, make_pair
+from random_pair import CONFIGS, make_pair, random_ability
 from torch import Tensor, nn
 
-from mergekit_act.abilities import AbilitySamples, Sample
 from mergekit_act.profiling import open_pair
 from mergekit_act.profiling.batches import MicroBatch, cut_batches
 from mergekit_act.profiling.differences import Engine, Work
@@ -29,14 +28,6 @@ from mergekit_act.profiling.segments import SegmentedModel
 from mergekit_act.profiling.sums import DifferenceSums
 from mergekit_act.profiling.weights import ModelWeights, PairWeights
 from mergekit_act.report import table
-
-
-def random_ability(samples: int, tokens: int, vocabulary: int) -> AbilitySamples:
-    """Samples of equal length whose second half is the answer."""
-    generator = torch.Generator().manual_seed(0)
-    is_answer = torch.arange(tokens) >= tokens // 2
-    ids = torch.randint(0, vocabulary, (samples, tokens), generator=generator)
-    return AbilitySamples("x", tuple(Sample(row, is_answer) for row in ids), {})
 
 
 def bare_forward(model: nn.Module, batch: MicroBatch, *, full_head: bool) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from mergekit_act.abilities import AbilitySamples, Sample
 from mergekit_act.channels import build_skeleton
 
 SHARD_BYTES = 1 << 30
@@ -75,6 +76,14 @@ def make_pair(name: str, folder: Path, dtype: torch.dtype) -> tuple[Path, Path]:
         config.save_pretrained(path)
         (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return folders
+
+
+def random_ability(samples: int, tokens: int, vocabulary: int) -> AbilitySamples:
+    """Samples of equal length whose second half is the answer."""
+    generator = torch.Generator().manual_seed(0)
+    is_answer = torch.arange(tokens) >= tokens // 2
+    ids = torch.randint(0, vocabulary, (samples, tokens), generator=generator)
+    return AbilitySamples("x", tuple(Sample(row, is_answer) for row in ids), {})
 
 
 @click.command()

@@ -122,7 +122,7 @@ class Checkpoint:
 
         A pickle of the old format, which can only be read as a whole, stays.
         """
-        if self.loader.lazy_unpickle:
+        if self.loader.index.is_safetensors or self.loader.lazy_unpickle:
             self.loader.flush()
 
     def _find(self, names: tuple[str, ...], get: Callable[[str], Tensor]) -> Tensor | None:

@@ -81,6 +81,8 @@ class Engine:
         self._forms = OutputForms(self._target.name, layout, vocabulary, device)
         self._learnt: set[int | None] = set()
         self._width = 0
+        size = _logits_bytes(device) // weights.models[0].dtype.itemsize
+        self._logits = [torch.empty(size, dtype=model.dtype, device=device) for model in weights.models]
         self._most_tokens: int | None = None  # of a micro-batch, once a larger one did not fit
 
     @contextmanager
@@ -260,13 +262,25 @@ class Engine:
         return first, second
 
     def _compare_heads(self, heads: Sequence[HeadSlice], work: Work, pair: Hidden) -> None:
-        ours, theirs = heads
-        limit = _CPU_LOGITS if torch.device(self._device).type == "cpu" else _DEVICE_LOGITS
-        block = max(1, limit // (len(ours.weight) * pair[0].element_size()))
-        for some, others in zip(torch.split(pair[0], block), torch.split(pair[1], block), strict=True):
-            logits = functional.linear(some, ours.weight, ours.bias)
-            other_logits = functional.linear(others, theirs.weight, theirs.bias)
-            work.sums.add(self._head, [logits], [other_logits], first=ours.first)
+        rows = max(1, len(self._logits[0]) // len(heads[0].weight))
+        for some, others in zip(torch.split(pair[0], rows), torch.split(pair[1], rows), strict=True):
+            logits, other_logits = (
+                _logits(hidden, head, into)
+                for hidden, head, into in zip((some, others), heads, self._logits, strict=True)
+            )
+            work.sums.add(self._head, [logits], [other_logits], first=heads[0].first)
+
+
+def _logits(hidden: Tensor, head: HeadSlice, into: Tensor) -> Tensor:
+    """``[rows, channels]``, in memory that is used again."""
+    if head.bias is not None:
+        return functional.linear(hidden, head.weight, head.bias)
+    shape = (len(hidden), len(head.weight))
+    return torch.mm(hidden, head.weight.T, out=into[: shape[0] * shape[1]].view(shape))
+
+
+def _logits_bytes(device: str) -> int:
+    return _CPU_LOGITS if torch.device(device).type == "cpu" else _DEVICE_LOGITS
 
 
 def _halves(work: Work) -> list[Work]:
@@ -295,8 +309,7 @@ def activation_bytes(model: ModelWeights, layout: Layout, tokens: int, longest: 
     widest = max(width(module) for layer in layers for module in layer)
     # The target's outputs wait; the ability model computes its widest part, from its input and the residual.
     numbers = tokens * (kept + 3 * widest + 4 * text.hidden_size)
-    logits = _CPU_LOGITS if torch.device(model.device).type == "cpu" else _DEVICE_LOGITS
     scores = 0
     if getattr(text, "_attn_implementation", None) == "eager":
         scores = text.num_attention_heads * tokens * longest * (model.dtype.itemsize + 4)
-    return max(int(numbers) * model.dtype.itemsize + scores, 3 * logits)
+    return 2 * _logits_bytes(model.device) + int(numbers) * model.dtype.itemsize + scores

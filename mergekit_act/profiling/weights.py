@@ -113,7 +113,7 @@ class ModelWeights:
         return sum(one.original.numel() * one.dtype(self.dtype).itemsize for one in stored)
 
     def load(self, stored: Sequence[_Stored] | None = None) -> None:
-        """Give the skeleton these weights, or all, for good; on a CPU they stay mapped where the dtype allows it."""
+        """Give the skeleton these weights for good, or all, which on a CPU stay mapped where the dtype allows it."""
         mapped = 0
         for one in self.stored if stored is None else stored:
             tensor, dtype = self.read(one), one.dtype(self.dtype)
@@ -122,7 +122,7 @@ class ModelWeights:
                 self.checkpoint.flush()
                 mapped = 0
             if torch.device(self.device).type == "cpu":
-                one.put(self.segmented.model, tensor.to(dtype))
+                one.put(self.segmented.model, tensor.to(dtype, copy=stored is not None))
             else:
                 into = torch.empty(tensor.shape, dtype=dtype, device=self.device)
                 self.copier.copy(into, tensor)
