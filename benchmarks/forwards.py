@@ -57,7 +57,7 @@ def main(model: str, device: str, dtype: str, samples: int, tokens: int, batch_t
         )
         weights = PairWeights((first, second), pair.layout.channel_shape("lm_head")[0])
         weights.settle(MemoryPlan())
-        engine = Engine(weights, pair.layout, pair.vocabulary, device)
+        engine = Engine(weights, pair.layout, pair.vocabulary, device, batch_tokens)
         ability = random_ability(samples, tokens, pair.vocabulary)
         batches = [batch.to(device) for batch in cut_batches(ability.samples, batch_tokens)]
 

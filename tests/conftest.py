@@ -157,6 +157,21 @@ def abilities_yml(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def two_abilities(pair_of, tmp_path) -> Path:
+    """Two abilities of many small micro-batches."""
+    target, ability = pair_of("qwen3")
+    rows = [{"q": f"{a}+{b}", "a": str(a + b)} for a in range(100) for b in range(4)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"dataset: {tmp_path}/sums.jsonl, prompt: q, answer: a"
+    path = tmp_path / "abilities.yml"
+    path.write_text(
+        f"target: {target}\nability_model: {ability}\nabilities:\n"
+        f"  one: {{{data}, samples: 200}}\n  two: {{{data}, samples: 100, seed: 3}}\n"
+    )
+    return path
+
+
 @pytest.fixture(autouse=True)
 def _fresh_loaders() -> Iterator[None]:
     """mergekit's loader cache lives as long as the process; a path may hold another model in the next test."""

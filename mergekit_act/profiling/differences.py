@@ -27,7 +27,7 @@ from mergekit_act.profiling.hidden import HiddenStates
 from mergekit_act.profiling.outputs import KeptOutput, OutputForms
 from mergekit_act.profiling.segments import Carried, Observer
 from mergekit_act.profiling.sums import DifferenceSums
-from mergekit_act.profiling.weights import HeadSlice, ModelWeights, PairWeights, synchronize
+from mergekit_act.profiling.weights import HeadSlice, PairWeights, synchronize
 
 __all__ = ["Engine", "Work", "activation_bytes"]
 
@@ -67,9 +67,10 @@ class Engine:
         layout: the channels.
         vocabulary: token ids below this one are valid.
         device: where the models run.
+        tokens: of the largest micro-batch, padding included.
     """
 
-    def __init__(self, weights: PairWeights, layout: Layout, vocabulary: int, device: str) -> None:
+    def __init__(self, weights: PairWeights, layout: Layout, vocabulary: int, device: str, tokens: int) -> None:
         self._weights, self._vocabulary, self._device = weights, vocabulary, device
         self._target, self._ability_model = (model.segmented for model in weights.models)
         self._head = self._target.head_name
@@ -81,7 +82,10 @@ class Engine:
         self._forms = OutputForms(self._target.name, layout, vocabulary, device)
         self._learnt: set[int | None] = set()
         self._width = 0
-        size = _logits_bytes(device) // weights.models[0].dtype.itemsize
+        # As many rows of logits as fit the limit, whatever the micro-batch: sums depend on it.
+        channels = max(piece.rows.stop - piece.rows.start for piece in weights.pieces if piece.rows)
+        self._rows = _logit_rows(device, weights.models[0].dtype, channels)
+        size = min(self._rows, tokens) * channels
         self._logits = [torch.empty(size, dtype=model.dtype, device=device) for model in weights.models]
         self._most_tokens: int | None = None  # of a micro-batch, once a larger one did not fit
 
@@ -262,8 +266,7 @@ class Engine:
         return first, second
 
     def _compare_heads(self, heads: Sequence[HeadSlice], work: Work, pair: Hidden) -> None:
-        rows = max(1, len(self._logits[0]) // len(heads[0].weight))
-        for some, others in zip(torch.split(pair[0], rows), torch.split(pair[1], rows), strict=True):
+        for some, others in zip(torch.split(pair[0], self._rows), torch.split(pair[1], self._rows), strict=True):
             logits, other_logits = (
                 _logits(hidden, head, into)
                 for hidden, head, into in zip((some, others), heads, self._logits, strict=True)
@@ -279,23 +282,25 @@ def _logits(hidden: Tensor, head: HeadSlice, into: Tensor) -> Tensor:
     return torch.mm(hidden, head.weight.T, out=into[: shape[0] * shape[1]].view(shape))
 
 
-def _logits_bytes(device: str) -> int:
-    return _CPU_LOGITS if torch.device(device).type == "cpu" else _DEVICE_LOGITS
+def _logit_rows(device: str, dtype: torch.dtype, channels: int) -> int:
+    limit = _CPU_LOGITS if torch.device(device).type == "cpu" else _DEVICE_LOGITS
+    return max(1, limit // (channels * dtype.itemsize))
 
 
 def _halves(work: Work) -> list[Work]:
     return [Work(half, work.sums, at_head=work.at_head) for half in work.batch.halves()]
 
 
-def activation_bytes(model: ModelWeights, layout: Layout, tokens: int, longest: int) -> int:
+def activation_bytes(weights: PairWeights, layout: Layout, tokens: int, longest: int) -> int:
     """About how much device memory a micro-batch needs while a layer of both models runs, hidden states excluded.
 
     Args:
-        model: one of the two.
+        weights: of the pair.
         layout: its channels.
         tokens: of the micro-batch, padding included.
         longest: tokens of the longest sample.
     """
+    model = weights.models[0]
     config: Any = model.segmented.model.config
     text = config.get_text_config()
     chosen = max(1, int(getattr(text, "num_experts_per_tok", None) or 1))
@@ -312,4 +317,6 @@ def activation_bytes(model: ModelWeights, layout: Layout, tokens: int, longest: 
     scores = 0
     if getattr(text, "_attn_implementation", None) == "eager":
         scores = text.num_attention_heads * tokens * longest * (model.dtype.itemsize + 4)
-    return 2 * _logits_bytes(model.device) + int(numbers) * model.dtype.itemsize + scores
+    channels = max(piece.rows.stop - piece.rows.start for piece in weights.pieces if piece.rows)
+    logits = 2 * channels * min(tokens, _logit_rows(model.device, model.dtype, channels))
+    return int((logits + numbers) * model.dtype.itemsize + scores)

@@ -135,7 +135,7 @@ class _Run:
             return
         with self._settled() as (weights, plan):
             cutter = self._cutter(plan, saved)
-            engine = Engine(weights, self.pair.layout, self.pair.vocabulary, self.device)
+            engine = Engine(weights, self.pair.layout, self.pair.vocabulary, self.device, self._most_tokens)
             with (
                 engine.observing(),
                 _progress(self.batches, done, plan, len(weights.pieces), quiet) as progress,
@@ -179,10 +179,10 @@ class _Run:
         head = models[0].segmented.head_name
         weights = PairWeights(models, pair.shared_rows.get(head, layout.channel_shape(head)[0]))
         try:
-            tokens = max(batch.input_ids.numel() for _, batch in self.batches)
+            tokens = self._most_tokens
             sums = 8 * layout.channel_count() * (len(self.abilities) + 1) + scratch_bytes(layout, self.device)
             longest = max(batch.input_ids.shape[1] for _, batch in self.batches)
-            working = sums + activation_bytes(models[0], layout, tokens, longest)
+            working = sums + activation_bytes(weights, layout, tokens, longest)
             budget = free_memory(self.device, self.processes.local_count) if self.budget is None else self.budget
             pieces = [weights.size(piece) for piece in weights.pieces]
             # On a CPU the file that is copied from is mapped into the same memory.
@@ -203,10 +203,20 @@ class _Run:
                     f"{show_bytes(budget)}. Say a smaller --batch-tokens, or a larger --memory-budget"
                 )
             LOG.info("%s, of %s", _describe(plan, len(weights.pieces)), show_bytes(budget))
-            weights.settle(plan)
-            yield weights, plan
+            try:
+                weights.settle(plan)
+                yield weights, plan
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"out of memory on {self.device}; say a --memory-budget below {show_bytes(budget)}, so that fewer "
+                    "weights stay"
+                ) from error
         finally:
             weights.close()
+
+    @property
+    def _most_tokens(self) -> int:
+        return max(batch.input_ids.numel() for _, batch in self.batches)
 
     @property
     def _token_bytes(self) -> int:
