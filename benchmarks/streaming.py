@@ -53,16 +53,19 @@ def child(settings: dict) -> None:
     print(json.dumps({"seconds": seconds, "device": device, "digest": digest, "dtype": profile.dtype}))
 
 
-def measure(settings: dict) -> dict:
-    """Run a child; returns what it says and its peaks above where it began."""
+def measure(settings: dict, script: str | Path = __file__) -> dict:
+    """Run a script's child; returns what it says, and its peaks above what it had before."""
     process = subprocess.Popen(
-        [sys.executable, __file__, "--child", json.dumps(settings)],
+        [sys.executable, str(script), "--child", json.dumps(settings)],
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parent,
     )
     assert process.stdout is not None
-    anonymous, mapped = json.loads(process.stdout.readline())["before"]
+    first = process.stdout.readline()
+    if not first:
+        raise SystemExit(f"the run with {settings} failed")
+    anonymous, mapped = json.loads(first)["before"]
     peaks = [0, 0, 0]
     while process.poll() is None:
         try:

@@ -78,6 +78,13 @@ class Checkpoint:
         }
 
     @cached_property
+    def _by_layer(self) -> dict[str | None, list[str]]:
+        found: dict[str | None, list[str]] = {}
+        for name in self.headers:
+            found.setdefault(_layer(name), []).append(name)
+        return found
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over config.json, sorted tensor names, dtypes and shapes, and both ends of every weight file."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
@@ -130,11 +137,11 @@ class Checkpoint:
         for candidate in (*names, *(name.partition(".")[2] for name in names)):
             if candidate in self.headers:
                 return get(candidate)
-        layers = {_layer(name) for name in names}
+        # All of a large mixture of experts would take as long as a forward pass.
         sources: dict[str, Callable[[], Tensor]] = {
             key: partial(get, key)
-            for key in self.headers
-            if _layer(key) in layers  # all of a large mixture of experts would take as long as a forward pass
+            for layer in {_layer(name) for name in names}
+            for key in self._by_layer.get(layer, ())
         }
         # Transformers keeps its conversions under the class's name or the model type.
         for family in (*(self.config.architectures or ()), self.config.model_type):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,8 @@ def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **
     A run that is interrupted, even killed, goes on when the same command is given again. With several GPUs:
     torchrun --nproc-per-node N -m mergekit_act profile ABILITIES.yml OUT_DIR, or accelerate launch.
     """
+    # What a cluster sends before it takes a machine away ends the run as Ctrl+C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from mergekit_act.abilities import load_abilities
     from mergekit_act.profiling import write_profiles
     from mergekit_act.report import list_expert_tokens

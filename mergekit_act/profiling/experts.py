@@ -41,10 +41,11 @@ class ExpertOutput:
         ends = torch.searchsorted(chosen, behind).tolist()
         return ExpertOutput(self.rows[chosen], moved[chosen], tuple(ends))
 
-    def of_expert(self, expert: int) -> tuple[Tensor, Tensor]:
-        """(tokens, rows) of one expert."""
-        part = slice(self.ends[expert - 1] if expert else 0, self.ends[expert])
-        return self.tokens[part], self.rows[part]
+    def keys(self, tokens: int) -> Tensor:
+        """int64 ``[pairs]``, ascending: expert × ``tokens`` + token, for tokens below ``tokens``."""
+        counts = torch.tensor(self.counts(), device=self.tokens.device)
+        experts = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        return experts * tokens + self.tokens
 
     def counts(self) -> list[int]:
         """Number of tokens of each expert."""

@@ -149,7 +149,7 @@ class _Run:
                     started, waited = time.monotonic(), weights.waited
                     with ExitStack() as stack:
                         for ability in {ability for ability, _ in chunk}:
-                            stack.enter_context(every_sums[ability].undone_on_error(self.pair.layout.modules))
+                            stack.enter_context(every_sums[ability].undone_on_error())
                         hidden = HiddenStates(place, self.device, saved.path.parent if saved is not None else None)
                         stack.callback(hidden.close)
                         works = [Work(batch.to(self.device), every_sums[ability]) for ability, batch in chunk]

@@ -74,13 +74,16 @@ class DifferenceSums:
             answers: number of answer tokens, routed or not.
         """
         sums = self.sums[module].view(len(target.ends), -1)
-        for expert, total in enumerate(sums):
-            tokens, rows = target.of_expert(expert)
-            other_tokens, other_rows = ability_model.of_expert(expert)
-            both, others_both = torch.isin(tokens, other_tokens), torch.isin(other_tokens, tokens)
-            total += (other_rows[others_both].float() - rows[both].float()).abs_().sum(0)
-            total += rows[~both].float().abs_().sum(0)
-            total += other_rows[~others_both].float().abs_().sum(0)
+        # Both come by expert, then by token: each (expert, token) of either gets one row.
+        keys, other_keys = (output.keys(answers) for output in (target, ability_model))
+        joined = torch.unique(torch.cat([keys, other_keys]))
+        differences = torch.zeros(len(joined), sums.shape[1], device=sums.device)
+        differences[torch.searchsorted(joined, other_keys)] = ability_model.rows.float()
+        differences[torch.searchsorted(joined, keys)] -= target.rows.float()
+        behind = torch.arange(1, len(sums) + 1, device=joined.device) * answers
+        ends = torch.searchsorted(joined, behind).tolist()
+        for total, start, end in zip(sums, (0, *ends), ends, strict=False):
+            total += differences[start:end].abs_().sum(0)
         self.counts[module] += answers
         experts, _, projection = module.rpartition(".")
         if projection == "down_proj":  # every projection sees the same tokens
@@ -88,17 +91,16 @@ class DifferenceSums:
             self.expert_tokens[experts] = [sum(pair) for pair in zip(seen, target.counts(), strict=True)]
 
     @contextmanager
-    def undone_on_error(self, modules: Sequence[str]) -> Iterator[None]:
-        """What is added to these modules within is taken back if an error ends it, to the bit."""
-        before = {module: (self.sums[module].clone(), self.counts[module]) for module in modules}
-        tokens = dict(self.expert_tokens)
+    def undone_on_error(self, modules: Sequence[str] | None = None) -> Iterator[None]:
+        """What is added within, to these modules or to any, is taken back if an error ends it, to the bit."""
+        changed = [self.vector] if modules is None else [self.sums[module] for module in modules]
+        before, counts, tokens = [total.clone() for total in changed], dict(self.counts), dict(self.expert_tokens)
         try:
             yield
         except BaseException:
-            for module, (total, count) in before.items():
-                self.sums[module].copy_(total)
-                self.counts[module] = count
-            self.expert_tokens = tokens
+            for total, earlier in zip(changed, before, strict=True):
+                total.copy_(earlier)
+            self.counts, self.expert_tokens = counts, tokens
             raise
 
     def means(self) -> dict[str, Tensor]:
