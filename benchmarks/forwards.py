@@ -23,10 +23,11 @@ from mergekit_act.profiling import open_pair
 from mergekit_act.profiling.batches import MicroBatch, cut_batches
 from mergekit_act.profiling.differences import Engine, Work
 from mergekit_act.profiling.hidden import HiddenStates
+from mergekit_act.profiling.loading import ModelWeights
 from mergekit_act.profiling.memory import MemoryPlan
 from mergekit_act.profiling.segments import SegmentedModel
 from mergekit_act.profiling.sums import DifferenceSums
-from mergekit_act.profiling.weights import ModelWeights, PairWeights
+from mergekit_act.profiling.weights import PairWeights
 from mergekit_act.report import table
 
 

@@ -61,7 +61,7 @@ def test_hidden_states_wait_in_a_file_where_memory_is_short(pair_of, monkeypatch
     abilities = [as_ability([*random_samples(), *random_samples(1)])]
     places = []
     monkeypatch.setattr(
-        "mergekit_act.profiling.profiler.HiddenStates",
+        "mergekit_act.profiling.passes.HiddenStates",
         lambda place, *arguments: places.append(place) or HiddenStates(place, *arguments),
     )
     (streamed,) = profile_pair(pair, abilities, memory_budget=least_budget(pair, abilities), **SETTINGS)

@@ -131,9 +131,8 @@ class Engine:
 
         self._weights.fetch()
         keeps_calls = len(works) == 1
-        ids = torch.cat([work.batch.input_ids.flatten() for work in works])
-        probed = torch.arange(min(_PROBED_IDS, self._vocabulary), device=ids.device)
-        with self._weights.embeddings_of(torch.unique(torch.cat([ids, probed]))):
+        probed = torch.arange(min(_PROBED_IDS, self._vocabulary), device=self._device)
+        with self._weights.embeddings_of([probed, *(work.batch.input_ids.flatten() for work in works)]):
             self._learn(None)
             advance(self._outside, partial(self._embed, keeps_calls))
             synchronize(self._device)

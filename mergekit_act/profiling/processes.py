@@ -33,15 +33,18 @@ class Processes:
     local_count: int = 1
 
     def add_up(self, every_sums: Sequence[DifferenceSums]) -> None:
-        """Replace sums and counts by those over all processes."""
-        if self.count == 1:
-            return
-        for sums in every_sums:
+        """Replace sums and counts by those over all processes.
+
+        Raises:
+            ConnectionError: another process has ended.
+        """
+        for sums in every_sums if self.count > 1 else ():
             vector = sums.vector.cpu()
-            distributed.all_reduce(vector)
-            sums.vector.copy_(vector)
             counted: list[Any] = [None] * self.count
-            distributed.all_gather_object(counted, (sums.counts, sums.expert_tokens))
+            with _others_alive():
+                distributed.all_reduce(vector)
+                distributed.all_gather_object(counted, (sums.counts, sums.expert_tokens))
+            sums.vector.copy_(vector)
             sums.counts = {module: sum(counts[module] for counts, _ in counted) for module in sums.counts}
             experts = {module for _, tokens in counted for module in tokens}
             sums.expert_tokens = {
@@ -53,7 +56,8 @@ class Processes:
     def wait(self) -> None:
         """Go on when all processes are here."""
         if self.count > 1:
-            distributed.barrier()
+            with _others_alive():
+                distributed.barrier()
 
 
 @contextmanager
@@ -78,3 +82,12 @@ def join_processes() -> Iterator[Processes]:
         )
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def _others_alive() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(f"another process ended before all were done ({reason}); see what it says") from error

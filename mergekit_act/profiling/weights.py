@@ -7,7 +7,6 @@ after each, so that their mapped pages do not stay either.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,48 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_act.checkpoints import Checkpoint
+from mergekit_act.profiling.loading import ModelWeights, Stored
 from mergekit_act.profiling.memory import MemoryPlan
-from mergekit_act.profiling.segments import SegmentedModel, replaced_forward
+from mergekit_act.profiling.segments import replaced_forward
 
-__all__ = ["HeadSlice", "ModelWeights", "PairWeights", "Piece"]
-
-LOG = logging.getLogger(__name__)
+__all__ = ["HeadSlice", "PairWeights", "Piece", "synchronize"]
 
 # Rows of the heads that are compared together, whatever fits: sums must not depend on the memory.
 _HEAD_ROWS = 1 << 14
 _ALIGNMENT = 64
-_STAGING_BYTES = 1 << 25
-_MAPPED_BYTES = 1 << 28
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A parameter or saved buffer of a skeleton.
-
-    Attributes:
-        names: all its names; several if the model ties them.
-        original: what the skeleton has in its place.
-    """
-
-    names: tuple[str, ...]
-    original: Tensor
-
-    @property
-    def is_parameter(self) -> bool:
-        return isinstance(self.original, nn.Parameter)
-
-    def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """In which it is needed, in a model that runs in ``dtype``."""
-        return dtype if self.is_parameter else self.original.dtype
-
-    def put(self, model: nn.Module, tensor: Tensor) -> None:
-        """Set it in the model, under all its names."""
-        value = nn.Parameter(tensor, requires_grad=False) if self.is_parameter else tensor
-        for name in self.names:
-            owner, _, attribute = name.rpartition(".")
-            module = model.get_submodule(owner)
-            (module._parameters if self.is_parameter else module._buffers)[attribute] = value  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -69,90 +35,6 @@ class HeadSlice:
     weight: Tensor
     bias: Tensor | None
     first: int
-
-
-class ModelWeights:
-    """A skeleton, and the checkpoint that its weights come from.
-
-    Args:
-        segmented: the skeleton, as ``build_skeleton`` makes it. It is given its weights, and moved to ``device``.
-        checkpoint: where they come from.
-        dtype: in which the model runs.
-        device: where it runs.
-
-    Raises:
-        ValueError: a tensor is missing or of another shape; all are listed. Told from headers alone.
-    """
-
-    def __init__(self, segmented: SegmentedModel, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
-        self.segmented, self.checkpoint, self.dtype, self.device = segmented, checkpoint, dtype, device
-        self.copier = _Copier(device)
-        model = segmented.model
-        named: dict[int, list[str]] = {}
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, parameter in parameters.items():
-            named.setdefault(id(parameter), []).append(name)
-        stored = [_Stored(tuple(names), parameters[names[0]]) for names in named.values()]
-        buffers = [name for name in model.state_dict() if name not in parameters]
-        self.stored = self._checked([*stored, *(_Stored((name,), model.get_buffer(name)) for name in buffers)])
-        by_name = {name: one for one in self.stored for name in one.names}
-        prefixes = tuple(f"{name}." for name in segmented.layer_names)
-        self.layers = [[one for one in self.stored if one.names[0].startswith(prefix)] for prefix in prefixes]
-        self.embedding = next(one for one in self.stored if one.original is segmented.embedding.weight)
-        self.head = by_name[f"{segmented.head_name}.weight"]
-        self.head_bias = by_name.get(f"{segmented.head_name}.bias")
-        apart = [*(one for layer in self.layers for one in layer), self.embedding, self.head, self.head_bias]
-        self.outside = [one for one in self.stored if all(one is not other for other in apart)]
-        for module in model.modules():  # rotary tables and the like
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
-
-    def bytes_of(self, stored: Sequence[_Stored]) -> int:
-        """Device memory that these take."""
-        return sum(one.original.numel() * one.dtype(self.dtype).itemsize for one in stored)
-
-    def load(self, stored: Sequence[_Stored] | None = None) -> None:
-        """Give the skeleton these weights for good, or all, which on a CPU stay mapped where the dtype allows it."""
-        mapped = 0
-        for one in self.stored if stored is None else stored:
-            tensor, dtype = self.read(one), one.dtype(self.dtype)
-            mapped += tensor.nbytes
-            if mapped > _MAPPED_BYTES:
-                self.checkpoint.flush()
-                mapped = 0
-            if torch.device(self.device).type == "cpu":
-                one.put(self.segmented.model, tensor.to(dtype, copy=stored is not None))
-            else:
-                into = torch.empty(tensor.shape, dtype=dtype, device=self.device)
-                self.copier.copy(into, tensor)
-                one.put(self.segmented.model, into)
-        self.copier.finish()
-
-    def read(self, stored: _Stored) -> Tensor:
-        """What the checkpoint has of it."""
-        tensor = self.checkpoint.read(*stored.names)
-        assert tensor is not None, stored.names
-        return tensor
-
-    def _checked(self, stored: list[_Stored]) -> list[_Stored]:
-        present, problems = [], []
-        for one in stored:
-            shape, expected = self.checkpoint.shape(*one.names), tuple(one.original.shape)
-            if shape is None and not one.is_parameter:
-                LOG.warning(
-                    '%s has no "%s"; it stays as the model class makes it', self.checkpoint.reference, one.names[0]
-                )
-            elif shape is None:
-                problems.append(f'"{one.names[0]}" is missing')
-            elif shape != expected:
-                problems.append(f'"{one.names[0]}" is {list(shape)}, the config says {list(expected)}')
-            else:
-                present.append(one)
-        if problems:
-            shown = "; ".join(sorted(problems)[:10])
-            raise ValueError(f"{self.checkpoint.reference} does not fit its config: {shown} ({len(problems)} in all)")
-        return present
 
 
 @dataclass(frozen=True)
@@ -187,7 +69,7 @@ class PairWeights:
         self._kept: dict[int, list[HeadSlice]] = {}  # slices of the heads that stay
         self._order: list[int] = []  # places of the pieces that are streamed
         self._free: list[Tensor] = []
-        self._pending: tuple[int, Tensor, Future[list[tuple[int, _Stored, Tensor]]]] | None = None
+        self._pending: tuple[int, Tensor, Future[list[tuple[int, Stored, Tensor]]]] | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
 
     @property
@@ -271,15 +153,12 @@ class PairWeights:
             self._pending = (place, buffer, self._worker.submit(self._load, self.pieces[place], buffer))
 
     @contextmanager
-    def embeddings_of(self, token_ids: Tensor) -> Iterator[None]:
-        """Have the token embeddings' rows for these ids in the models.
-
-        Args:
-            token_ids: int64 ``[ids]``, sorted, each once.
-        """
+    def embeddings_of(self, parts: Sequence[Tensor]) -> Iterator[None]:
+        """Have the token embeddings' rows for these token ids, int64 ``[tokens]`` each, in the models."""
         if self._everything:
             yield
             return
+        token_ids = torch.unique(torch.cat(tuple(parts)))
         with ExitStack() as stack:
             for model in self.models:
                 embedding: Any = model.segmented.embedding
@@ -312,7 +191,7 @@ class PairWeights:
             return self._order[at]
         return self._order[0] if more else None
 
-    def _parts(self, piece: Piece) -> Iterator[tuple[int, _Stored, torch.Size, torch.dtype]]:
+    def _parts(self, piece: Piece) -> Iterator[tuple[int, Stored, torch.Size, torch.dtype]]:
         """(which model, parameter, shape of what the piece has of it, dtype)."""
         for side, model in enumerate(self.models):
             if piece.layer is not None:
@@ -325,7 +204,7 @@ class PairWeights:
                     shape = torch.Size((piece.rows.stop - piece.rows.start, *shape[1:]))
                 yield side, stored, shape, stored.dtype(model.dtype)
 
-    def _load(self, piece: Piece, buffer: Tensor) -> list[tuple[int, _Stored, Tensor]]:
+    def _load(self, piece: Piece, buffer: Tensor) -> list[tuple[int, Stored, Tensor]]:
         """Copy a piece into a buffer, tensor by tensor."""
         loaded, end, open_side = [], 0, 0
         for side, stored, shape, dtype in self._parts(piece):
@@ -342,7 +221,7 @@ class PairWeights:
         self._copier.finish()
         return loaded
 
-    def _put(self, piece: Piece, loaded: list[tuple[int, _Stored, Tensor]]) -> list[HeadSlice]:
+    def _put(self, piece: Piece, loaded: list[tuple[int, Stored, Tensor]]) -> list[HeadSlice]:
         if piece.rows is not None:
             by_stored = {(side, id(stored)): tensor for side, stored, tensor in loaded}
             return [
@@ -361,43 +240,6 @@ class PairWeights:
         return [
             HeadSlice(head.weight[rows], None if head.bias is None else head.bias[rows], rows.start) for head in heads
         ]
-
-
-class _Copier:
-    """Copies tensors in host memory to the device: on CUDA through two pinned buffers, on a stream of its own."""
-
-    def __init__(self, device: str) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        self._turn = 0
-        if torch.device(device).type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
-            self._pinned = [torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-
-    def copy(self, into: Tensor, tensor: Tensor) -> None:
-        """Begin to copy, in the dtype of ``into``."""
-        if self._stream is None:
-            into.copy_(tensor)
-            return
-        flat, source = into.view(-1), tensor.reshape(-1)
-        for some, others in zip(
-            torch.split(flat, _STAGING_BYTES // into.itemsize),
-            torch.split(source, _STAGING_BYTES // into.itemsize),
-            strict=True,
-        ):
-            event, pinned = self._events[self._turn], self._pinned[self._turn]
-            event.synchronize()  # what was in this buffer has been copied
-            waiting = pinned[: some.nbytes].view(into.dtype)
-            waiting.copy_(others)
-            with torch.cuda.stream(self._stream):
-                some.copy_(waiting, non_blocking=True)
-                event.record(self._stream)
-            self._turn ^= 1
-
-    def finish(self) -> None:
-        """Wait until all is copied."""
-        if self._stream is not None:
-            self._stream.synchronize()
 
 
 def synchronize(device: str) -> None:
