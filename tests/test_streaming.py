@@ -38,11 +38,14 @@ def least_budget(pair, abilities) -> int:
     [*ARCHITECTURES, "qwen3_moe", "gpt_oss"],
 )
 def test_streamed_profiles_are_the_resident_ones_to_the_bit(pair_of, name, monkeypatch, caplog):
-    monkeypatch.setattr(weights, "_HEAD_ROWS", 48)  # the head in three slices
     caplog.set_level(logging.INFO, "mergekit_act")
     pair = open_pair(*map(str, pair_of(name)))
     abilities = [as_ability(random_samples(), "one"), as_ability(random_samples(1), "two")]
+    whole = profile_pair(pair, abilities, memory_budget=10**12, **SETTINGS)
+    monkeypatch.setattr(weights, "_HEAD_ROWS", 48)  # the head in three slices
     resident = profile_pair(pair, abilities, memory_budget=10**12, **SETTINGS)
+    for profile, expected in zip(resident, whole, strict=True):
+        assert_close(profile.scores, {module: scores.double() for module, scores in expected.scores.items()})
     assert "both models stay in memory" in caplog.text
     least = least_budget(pair, abilities)
     plans = set()
@@ -212,16 +215,16 @@ def test_chunks_grow_while_models_are_waited_for(monkeypatch):
 
 
 def test_out_of_memory_halves_the_micro_batch_and_goes_on(pair_of, monkeypatch, caplog):
-    """Raised by hand in the ability model's second layer, after part of a segment's differences were added."""
+    """Raised by hand in the ability model's second layer, after part of that layer's differences were added."""
     target, ability = pair_of("qwen2")
     samples = [*random_samples(), *random_samples(1)]
     pair = open_pair(str(target), str(ability))
     mlp = transformers.models.qwen2.modeling_qwen2.Qwen2MLP
-    forward, sizes = mlp.forward, []
+    forward, large = mlp.forward, []
 
     def limited(self, hidden):
-        sizes.append(len(hidden))
-        if len(hidden) > 3 and len(sizes) > 6:
+        large.extend([len(hidden)] if len(hidden) > 3 else [])
+        if len(hidden) > 3 and len(large) == 4:  # the target's and the ability model's first layer, then the second
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, hidden)
 
@@ -230,7 +233,7 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(pair_of, monkeypatch, 
         (profile,) = profile_pair(
             pair, [as_ability(samples)], device="cpu", dtype=torch.float32, batch_tokens=120, quiet=True
         )
-    assert max(sizes) > 3
+    assert len(large) == 4
     said = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
     assert len(said) == 1
     assert "it is halved, and so are those after it. The last digits of the scores may differ" in said[0]
