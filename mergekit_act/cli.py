@@ -133,13 +133,14 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
     type=click.IntRange(min=1),
     default=4096,
     show_default=True,
-    help="Tokens in a micro-batch, padding included.",
+    help="Tokens in a micro-batch, padding included. The last digits of the scores depend on it.",
 )
 @click.option(
     "--memory-budget",
     type=_Bytes(),
-    help="Memory of the device that may be used, such as 10GB. What of the models does not fit is loaded once per "
-    "chunk of samples; the profiles are the same.  [default: what is free, with a margin]",
+    help="Memory of the device that may be used, such as 10GB, 900MB or 8GiB; on a CPU besides the program itself. "
+    "What of the models does not fit is loaded once per chunk of samples; the profiles are the same.  [default: what "
+    "is free, with a margin]",
 )
 @click.option(
     "--save-every",
@@ -159,8 +160,10 @@ def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **
 
     Writes one profile per ability of ABILITIES.yml to OUT_DIR.
 
-    A run that is interrupted, even killed, goes on when the same command is given again. With several GPUs:
-    torchrun --nproc-per-node N -m mergekit_act profile ABILITIES.yml OUT_DIR, or accelerate launch.
+    A run that is interrupted, even killed, goes on when the same command is given again; with other settings it is
+    refused, and --overwrite starts anew. With several GPUs:
+
+      torchrun --nproc-per-node N -m mergekit_act profile ABILITIES.yml OUT_DIR
     """
     # What a cluster sends before it takes a machine away ends the run as Ctrl+C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

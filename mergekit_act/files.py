@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["check_free", "file_hash", "remove_leftovers", "write_atomically"]
+__all__ = ["check_free", "check_writable", "file_hash", "remove_leftovers", "write_atomically"]
 
 
 def file_hash(path: str | Path) -> str:
@@ -38,9 +38,28 @@ def write_atomically(path: str | Path, content: bytes, *, overwrite: bool = Fals
 
     Raises:
         FileExistsError: the file exists and ``overwrite`` is false.
+        OSError: it can't be written; the message names it.
     """
     path = Path(path)
     check_free([path], overwrite=overwrite)
+    try:
+        _write(path, content)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"{path} could not be written: {reason}. Mend that and give the same command again") from error
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise NotADirectoryError or PermissionError if a folder can't be made or written to; it is not made."""
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is no folder; choose another output folder than {folder}")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"{existing} cannot be written to; choose another output folder than {folder}")
+
+
+def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:

@@ -109,6 +109,25 @@ def test_changed_settings_are_named(two_abilities, tmp_path, monkeypatch):
     assert not (out / "profile.state").exists()
 
 
+def test_folders_that_cannot_be_written_are_told_first(two_abilities, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    run = CliRunner().invoke(main, ["profile", str(two_abilities), str(tmp_path / "file" / "out"), *SETTINGS])
+    assert run.output == (
+        f"Error: {tmp_path}/file is no folder; choose another output folder than {tmp_path}/file/out\n"
+    )
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    run = CliRunner().invoke(main, ["profile", str(two_abilities), str(tmp_path / "out"), *SETTINGS])
+    assert run.exit_code == 1
+    assert (
+        f"{tmp_path}/out/profile.state could not be written: No space left on device. Mend that and give the same command"
+    ) in run.output
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_profiles_of_others_are_not_replaced_by_a_run_that_goes_on(two_abilities, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patched:

@@ -47,6 +47,12 @@ def test_streamed_profiles_are_the_resident_ones_to_the_bit(pair_of, name, monke
     for profile, expected in zip(resident, whole, strict=True):
         assert_close(profile.scores, {module: scores.double() for module, scores in expected.scores.items()})
     assert "both models stay in memory" in caplog.text
+    ones = SETTINGS | {"batch_tokens": 1}  # single rows are multiplied by other kernels
+    alone, alone_streamed = (
+        profile_pair(pair, abilities[:1], memory_budget=budget, **ones)[0]
+        for budget in (10**12, least_budget(pair, abilities))
+    )
+    assert all(torch.equal(alone.scores[module], alone_streamed.scores[module]) for module in alone.scores)
     least = least_budget(pair, abilities)
     plans = set()
     for budget in (least, least + 40_000):
@@ -130,8 +136,8 @@ def test_budgets_on_the_command_line(pair_of, sums_file, abilities_yml, tmp_path
     run = CliRunner().invoke(main, [*command, "100KB"])
     assert run.exit_code == 1
     assert re.search(
-        r"a layer of both models and a micro-batch of \d+ tokens need about [\d.]+ MB on cpu; --memory-budget says "
-        r"0.1 MB. Say a smaller --batch-tokens, or a larger --memory-budget\n",
+        r"a layer of both models, or a slice of their heads, and a micro-batch of \d+ tokens need about ([\d.]+ MB) on "
+        r"cpu; --memory-budget says 0.1 MB. Say a smaller --batch-tokens, or a --memory-budget above \1\n",
         run.output,
     )
     assert not (tmp_path / "out").exists()

@@ -93,7 +93,11 @@ class ModelWeights:
         return sum(one.original.numel() * one.dtype(self.dtype).itemsize for one in stored)
 
     def load(self, stored: Sequence[Stored] | None = None) -> None:
-        """Give the skeleton these weights for good, or all, which on a CPU stay mapped where the dtype allows it."""
+        """Give the skeleton these weights for good, or all.
+
+        They are copied on a CPU too: a file's tensors begin anywhere, and for some shapes products of matrices differ
+        in their last digits with where the numbers begin.
+        """
         mapped = 0
         for one in self.stored if stored is None else stored:
             tensor, dtype = self.read(one), one.dtype(self.dtype)
@@ -102,7 +106,7 @@ class ModelWeights:
                 self.checkpoint.flush()
                 mapped = 0
             if torch.device(self.device).type == "cpu":
-                one.put(self.segmented.model, tensor.to(dtype, copy=stored is not None))
+                one.put(self.segmented.model, tensor.to(dtype, copy=True))
             else:
                 into = torch.empty(tensor.shape, dtype=dtype, device=self.device)
                 self.copier.copy(into, tensor)

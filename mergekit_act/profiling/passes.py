@@ -145,9 +145,10 @@ class Pass:
             )
             if isinstance(plan, int):
                 raise ValueError(
-                    f"a layer of both models and a micro-batch of {tokens} tokens need about {show_bytes(plan)} on "
-                    f"{self.device}; {'what is free is' if self.budget is None else '--memory-budget says'} "
-                    f"{show_bytes(budget)}. Say a smaller --batch-tokens, or a larger --memory-budget"
+                    f"a layer of both models, or a slice of their heads, and a micro-batch of {tokens} tokens need "
+                    f"about {show_bytes(plan)} on {self.device}; "
+                    f"{'what is free is' if self.budget is None else '--memory-budget says'} {show_bytes(budget)}. "
+                    f"Say a smaller --batch-tokens, or a --memory-budget above {show_bytes(plan)}"
                 )
             LOG.info("%s, of %s", _describe(plan, len(weights.pieces)), show_bytes(budget))
             try:
@@ -243,7 +244,7 @@ def _describe(plan: MemoryPlan, pieces: int) -> str:
         return "both models stay in memory"
     return (
         f"{pieces - len(plan.streamed)} of {pieces} pieces of the models stay in memory, the others are loaded once "
-        f"per chunk of samples into {plan.buffers} buffers"
+        f"per chunk of samples into {plan.buffers} {'buffer' if plan.buffers == 1 else 'buffers'}"
     )
 
 

@@ -89,5 +89,6 @@ def _others_alive() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise ConnectionError(f"another process ended before all were done ({reason}); see what it says") from error
+        raise ConnectionError(
+            "another process ended before all were done; what it says is the reason, and the same command goes on"
+        ) from error

@@ -8,7 +8,7 @@ import torch
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers, collect_samples
 from mergekit_act.artifacts import Profile, save_profile
-from mergekit_act.files import check_free, remove_leftovers
+from mergekit_act.files import check_free, check_writable, remove_leftovers
 from mergekit_act.profiling.controls import profile_without_data
 from mergekit_act.profiling.devices import default_dtype, usable_device
 from mergekit_act.profiling.pair import open_pair
@@ -68,6 +68,7 @@ def write_profiles(
     names = list(file.abilities) if criterion == "activation" else [criterion]
     paths = [out_dir / f"{name}.safetensors" for name in names]
     with join_processes() as processes:
+        check_writable(out_dir)
         # A run that was ended while it wrote its profiles has some of them, and its state.
         if processes.rank == 0 and not any(is_complete(state) for state in _states(out_dir)):
             check_free(paths, overwrite=overwrite)

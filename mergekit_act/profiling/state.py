@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def check_settings(path: Path, settings: Mapping[str, Any], *, overwrite: bool =
         before = dict(_flat(_read_metadata(path)["settings"]))
         now = dict(_flat(json.loads(json.dumps(settings))))
         changed = [
-            f"{name} was {before.get(name, 'not there')}, is {now.get(name, 'not there')}"
+            f"{name} was {_short(before.get(name, 'not there'))}, is {_short(now.get(name, 'not there'))}"
             for name in (*now, *(name for name in before if name not in now))
             if before.get(name, ...) != now.get(name, ...)
         ]
@@ -115,6 +116,12 @@ def is_complete(path: Path) -> bool:
     return bool(metadata["done"] == metadata["total"])
 
 
+def _short(value: Any) -> str:
+    """A value for people: of a fingerprint the beginning."""
+    text = str(value)
+    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text
+
+
 def _read_metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -124,7 +131,9 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         found = f'"{metadata.get("kind")}" of version {metadata.get("format_version")}'
     except (SafetensorError, json.JSONDecodeError) as error:
         found = str(error)
-    raise ValueError(f"{path} is not the state of a run of this mergekit-act ({found}); delete it to start anew")
+    raise ValueError(
+        f"{path} is not the state of a run of this mergekit-act ({found}); delete it or say --overwrite to start anew"
+    )
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

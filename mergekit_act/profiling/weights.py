@@ -91,6 +91,7 @@ class PairWeights:
         if plan.everything:
             for model in self.models:
                 model.load()
+                model.checkpoint.flush()
             self._everything = True
             return
         device = self.models[0].device
