@@ -67,7 +67,8 @@ def main(kills: int, seed: int) -> None:
                 done = f"{metadata['done']} of {metadata['total']} micro-batches"
             elif (root / out / NAMES[1]).exists():
                 done = "all written"
-            subprocess.run([*command(root, out, "10GB"), "--overwrite"], check=True, stdout=subprocess.DEVNULL)
+            again = ["--overwrite"] if done == "all written" else []
+            subprocess.run([*command(root, out, "10GB"), *again], check=True, stdout=subprocess.DEVNULL)
             files = sorted(path.name for path in (root / out).iterdir())
             equal = files == list(NAMES) and [(root / out / name).read_bytes() for name in NAMES] == whole
             same += equal

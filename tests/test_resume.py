@@ -97,6 +97,9 @@ def test_changed_settings_are_named(two_abilities, tmp_path, monkeypatch):
     text = two_abilities.read_text()
     two_abilities.write_text(text.replace("seed: 3", "seed: 4"))
     assert "abilities.two.seed was 3, is 4; abilities.two.fingerprint was " in refusal()
+    lines = text.splitlines()
+    two_abilities.write_text("\n".join([*lines[:3], lines[4], lines[3]]))
+    assert refusal() == f"{start}order was ['one', 'two'], is ['two', 'one']{end}"
     two_abilities.write_text(text)
     monkeypatch.setattr("mergekit_act.profiling.profiler.version", lambda name: "9.9")
     assert "versions.torch was " in refusal()
@@ -159,6 +162,48 @@ def test_a_run_that_was_ended_while_it_wrote_profiles_writes_them(two_abilities,
     assert run.exit_code == 0, run.output
     assert (out / "one.safetensors").read_bytes() == first
     assert sorted(path.name for path in out.iterdir()) == ["one.safetensors", "two.safetensors"]
+
+
+@pytest.mark.parametrize("where", ["closing", "restoring"])
+def test_an_interruption_between_chunks_counts_none_twice(pair_of, tmp_path, monkeypatch, where):
+    """After a chunk is added up, and a second one while a broken chunk is taken back."""
+    from mergekit_act.profiling.hidden import HiddenStates
+    from mergekit_act.profiling.sums import DifferenceSums
+
+    pair = open_pair(*map(str, pair_of("qwen2")))
+    abilities = [as_ability(random_samples(), "one")]
+    settings = {"device": "cpu", "dtype": torch.float32, "batch_tokens": 31, "quiet": True}
+    (expected,) = profile_pair(pair, abilities, **settings)
+    state = tmp_path / "run.state"
+    close, remember, seen = HiddenStates.close, DifferenceSums.remember, []
+
+    def interrupted(self):
+        close(self)
+        seen.append(None)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    def half_undone(self, modules=None):
+        undo = remember(self, modules)
+        if modules is not None:
+            return undo
+
+        def interrupted_undo():
+            self.vector.zero_()
+            raise KeyboardInterrupt
+
+        return interrupted_undo
+
+    with monkeypatch.context() as patched:
+        if where == "closing":
+            patched.setattr(HiddenStates, "close", interrupted)
+        else:
+            stop_after(patched, 4, KeyboardInterrupt())
+            patched.setattr(DifferenceSums, "remember", half_undone)
+        with pytest.raises(KeyboardInterrupt):
+            profile_pair(pair, abilities, state=state, save_every=0, **settings)
+    (went_on,) = profile_pair(pair, abilities, state=state, **settings)
+    assert all(torch.equal(expected.scores[module], went_on.scores[module]) for module in expected.scores)
 
 
 def test_an_interrupted_call_from_python_keeps_its_state(pair_of, tmp_path, monkeypatch):

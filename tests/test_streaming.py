@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from conftest import SIZES, make_model
 from oracle import plain_profile
 from test_profiling import ARCHITECTURES, as_ability, assert_close, random_samples
 
@@ -21,6 +22,7 @@ from mergekit_act.profiling.batches import cut_batches
 from mergekit_act.profiling.chunks import ChunkCutter
 from mergekit_act.profiling.hidden import HiddenStates
 from mergekit_act.profiling.memory import MemoryPlan, free_memory, parse_bytes, plan_memory, show_bytes
+from mergekit_act.profiling.segments import SegmentedModel
 
 SETTINGS = {"device": "cpu", "dtype": torch.float32, "batch_tokens": 40, "quiet": True}
 
@@ -218,6 +220,58 @@ def test_chunks_grow_while_models_are_waited_for(monkeypatch):
     narrow = ChunkCutter(16 * 5000, 16, 1_000_000, on_host=False, processes=1, folder=None)
     assert narrow.cut(batches) == (1, "file")  # the rows of 5,000 tokens' embeddings fit the device
     assert ChunkCutter(0, 16, 100, on_host=False, processes=1, folder=None).cut(batches)[0] == 1
+
+
+def test_out_of_memory_anywhere_halves(pair_of, monkeypatch, tmp_path):
+    """In the segments outside of layers and at the head, resident and streamed."""
+    from mergekit_act.profiling import differences
+    from mergekit_act.profiling.batches import MicroBatch
+
+    samples = [*random_samples(), *random_samples(1)]
+    pair = open_pair(*map(str, pair_of("gpt2")))
+    expected = plain_profile(*pair_of("gpt2"), samples, pair.layout.modules)
+    abilities = [as_ability(samples)]
+    least = least_budget(pair, abilities) + 170_000  # for larger micro-batches
+
+    def once(function, number):
+        calls = []
+
+        def limited(*arguments, **options):
+            calls.append(None)
+            if len(calls) == number:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return function(*arguments, **options)
+
+        return limited
+
+    for owner, name, number in (
+        (SegmentedModel, "embed", 6),
+        (SegmentedModel, "normalise", 3),
+        (torch, "cat", 5),
+        (differences, "_logits", 2),
+        (MicroBatch, "answer_rows", 40),
+    ):
+        for budget in (10**12, least):
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, name, once(getattr(owner, name), number))
+                (profile,) = profile_pair(pair, abilities, memory_budget=budget, **SETTINGS | {"batch_tokens": 80})
+            assert_close(profile.scores, expected)
+
+
+def test_arguments_that_depend_on_embeddings_are_kept(tmp_path):
+    """Gemma 4 gives each layer inputs made from the token embeddings, which a streamed model has no more."""
+    config = transformers.Gemma4TextConfig(
+        **SIZES
+        | {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 16, "sliding_window": 8}
+        | {"vocab_size_per_layer_input": 128, "num_kv_shared_layers": 0}
+    )
+    folders = [make_model(config, tmp_path / name, seed=i) for i, name in enumerate("ta")]
+    pair = open_pair(*map(str, folders))
+    abilities = [as_ability(random_samples())]
+    least = least_budget(pair, abilities)
+    (resident,), (streamed,) = (profile_pair(pair, abilities, memory_budget=n, **SETTINGS) for n in (10**12, least))
+    assert all(torch.equal(resident.scores[module], streamed.scores[module]) for module in resident.scores)
+    assert_close(resident.scores, plain_profile(*folders, random_samples(), pair.layout.modules))
 
 
 def test_out_of_memory_halves_the_micro_batch_and_goes_on(pair_of, monkeypatch, caplog):

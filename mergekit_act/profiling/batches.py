@@ -87,7 +87,7 @@ class MicroBatch:
             by_sample = output.unsqueeze(0)
         else:
             by_sample = output.movedim(token_axis, 1)
-        shared = len(by_sample) != batch  # one output for all samples: position embeddings
+        shared = len(by_sample) == 1 and batch > 1  # one output for all samples: position embeddings
         if output.device.type == "cpu":
             return [by_sample[0 if shared else sample, a:b].flatten(0, -2) for sample, a, b in self.runs]
         if shared:

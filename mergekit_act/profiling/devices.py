@@ -26,8 +26,8 @@ def usable_device(device: str | None, local_rank: int | None = None) -> str:
     """
     device = device or default_device()
     try:
-        if local_rank is not None and torch.device(device).type != "cpu" and torch.device(device).index is None:
-            device = f"{device}:{local_rank}"
+        if torch.device(device).type == "cuda" and torch.device(device).index is None:
+            device = f"{device}:{torch.cuda.current_device() if local_rank is None else local_rank}"
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
@@ -41,7 +41,7 @@ def default_dtype(device: str) -> torch.dtype:
     """bfloat16 where the device multiplies it natively, else float32: by capability, so runs can be repeated."""
     kind = torch.device(device).type
     if kind == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if kind == "cpu":
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32

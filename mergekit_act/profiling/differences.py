@@ -81,7 +81,9 @@ class Engine:
         self._observed = tuple(module for module in layout.modules if module != self._head)
         self._forms = OutputForms(self._target.name, layout, vocabulary, device)
         self._learnt: set[int | None] = set()
-        self._width = 0
+        self._shape: tuple[int, ...] = ()  # of a token's hidden state
+        self._probed: dict[torch.Size, list[Any]] = {}  # what the layers receive for the token ids they are probed with
+        self._keeps_calls = False  # of every micro-batch: they can't be found again from token ids
         # As many rows of logits as fit the limit, whatever the micro-batch: sums depend on it.
         channels = max(piece.rows.stop - piece.rows.start for piece in weights.pieces if piece.rows)
         self._rows = _logit_rows(device, weights.models[0].dtype, channels)
@@ -130,11 +132,10 @@ class Engine:
             works[:] = moved
 
         self._weights.fetch()
-        keeps_calls = len(works) == 1
         probed = torch.arange(min(_PROBED_IDS, self._vocabulary), device=self._device)
         with self._weights.embeddings_of([probed, *(work.batch.input_ids.flatten() for work in works)]):
             self._learn(None)
-            advance(self._outside, partial(self._embed, keeps_calls))
+            advance(self._outside, partial(self._embed, self._keeps_calls or len(works) == 1))
             synchronize(self._device)
         for place, piece in enumerate(pieces):
             if piece.layer is None and not works[0].at_head:
@@ -160,15 +161,17 @@ class Engine:
         target = self._target
 
         def run_outside(ids: Tensor, observer: Observer) -> None:
-            embedded = target.embed(ids, observer).hidden
-            self._width = embedded.shape[-1]
-            target.normalise(ids, embedded, observer)
+            embedded = target.embed(ids, observer)
+            self._shape = embedded.hidden.shape[2:]
+            self._keeps_calls = any(not model.calls_follow_ids(ids) for model in (target, self._ability_model))
+            self._probed[ids.shape] = embedded.calls if self._keeps_calls else []
+            target.normalise(ids, embedded.hidden, observer)
 
         def run_layer(ids: Tensor, observer: Observer) -> None:
             generator = torch.Generator().manual_seed(0)
-            hidden = torch.randn(*ids.shape, self._width, generator=generator)
+            hidden = torch.randn(*ids.shape, *self._shape, generator=generator)
             hidden = hidden.to(device=self._device, dtype=self._weights.models[0].dtype)
-            target.layer(layer or 0, ids, Carried(hidden), observer)
+            target.layer(layer or 0, ids, Carried(hidden, self._probed.get(ids.shape, [])), observer)
 
         modules, run = (self._outside, run_outside) if layer is None else (self._layers[layer], run_layer)
         self._forms.learn(modules, run)
@@ -179,11 +182,12 @@ class Engine:
     ) -> list[Work]:
         """Take a micro-batch through a segment, in halves if it does not fit the memory."""
         keys = ((work.key, 0), (work.key, 1))
-        pair: Any = tuple(hidden.take(key) for key in keys) if hidden.has(keys[1]) else None
+        waits = hidden.has(keys[1])
+        moved: Hidden | None = None
         fits = True
         try:
             with work.sums.undone_on_error(modules):
-                moved = step(work, pair)
+                moved = step(work, tuple(hidden.take(key) for key in keys) if waits else None)
         except torch.OutOfMemoryError:
             fits = False  # the error holds what has been allocated until its block is left
         if fits:
@@ -193,12 +197,12 @@ class Engine:
             return [work]
         self._note_halving(work)
         parts = _halves(work)
-        if pair is not None:
+        for key in keys if waits else ():
+            tensor = hidden.take(key)
             rows = len(parts[0].batch.sample_of) if work.at_head else len(parts[0].batch.input_ids)
-            for key, tensor in zip(keys, pair, strict=True):
-                for part, some in zip(parts, (tensor[:rows], tensor[rows:]), strict=True):
-                    hidden.put((part.key, key[1]), some.clone())
-                hidden.drop(key)
+            for part, some in zip(parts, (tensor[:rows], tensor[rows:]), strict=True):
+                hidden.put((part.key, key[1]), some.clone())
+            hidden.drop(key)
         return [done for part in parts for done in self._advance(part, hidden, modules, step)]
 
     def _note_halving(self, work: Work) -> None:
@@ -207,6 +211,11 @@ class Engine:
             raise ValueError(
                 f"one sample of {length} tokens does not fit the memory of {self._device}; lower max_length, or say a "
                 "smaller --memory-budget, so that fewer weights stay"
+            )
+        if self._keeps_calls and any(work.calls):
+            raise ValueError(
+                f"out of memory on {self._device}, and this model's micro-batches can't be halved once they are "
+                "embedded; say a smaller --batch-tokens"
             )
         if self._most_tokens is None:
             LOG.warning(
@@ -260,8 +269,8 @@ class Engine:
             self._target.normalise(ids, pair[0], keep),
             self._ability_model.normalise(ids, pair[1], compare),
         )
-        work.calls, work.at_head = ([], []), True
         first, second = (torch.cat(work.batch.answer_rows(output, 1)) for output in outputs)
+        work.calls, work.at_head = ([], []), True  # only when nothing can fail any more
         return first, second
 
     def _compare_heads(self, heads: Sequence[HeadSlice], work: Work, pair: Hidden) -> None:
@@ -306,7 +315,7 @@ def activation_bytes(weights: PairWeights, layout: Layout, tokens: int, longest:
 
     def width(module: str) -> int:
         shape = layout.channel_shape(module)
-        return shape[-1] * (chosen if len(shape) == 2 else 1)
+        return shape[-1] * (2 * chosen if len(shape) == 2 else 1)  # the two models choose other experts
 
     layers = [[m for m in layout.modules if m.startswith(f"{name}.")] for name in model.segmented.layer_names]
     kept = max(sum(map(width, layer)) for layer in layers)
@@ -315,7 +324,7 @@ def activation_bytes(weights: PairWeights, layout: Layout, tokens: int, longest:
     numbers = tokens * (kept + 3 * widest + 4 * text.hidden_size)
     scores = 0
     if getattr(text, "_attn_implementation", None) == "eager":
-        scores = text.num_attention_heads * tokens * longest * (model.dtype.itemsize + 4)
+        scores = getattr(text, "num_attention_heads", 1) * tokens * longest * (model.dtype.itemsize + 4)
     channels = max(piece.rows.stop - piece.rows.start for piece in weights.pieces if piece.rows)
     logits = 2 * channels * min(tokens, _logit_rows(model.device, model.dtype, channels))
     return int((logits + numbers) * model.dtype.itemsize + scores)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -81,38 +80,23 @@ class Pass:
                 _kept_on_error(saved, every_sums, total) as reached,
             ):
                 saved_at = time.monotonic()
+                reached(done)
                 while done < total:
-                    reached(done)
                     count, place = _WHOLE if cutter is None else cutter.cut([b for _, b in self.batches[done:]])
                     started, waited = time.monotonic(), weights.waited
                     hidden = HiddenStates(place, self.device, saved.path.parent if saved is not None else None)
                     chunk = self.batches[done : done + count]
+                    with closing(hidden), _all_or_nothing(every_sums, chunk, reached, done):
+                        works = [Work(batch.to(self.device), every_sums[ability]) for ability, batch in chunk]
+                        engine.run(works, hidden, more=done + count < total, on_progress=progress)
+                        for ability in {ability for ability, _ in chunk}:
+                            _check_finite(every_sums[ability], self.names[ability], self.dtype)
                     done += count
-                    self._run_chunk(engine, chunk, every_sums, hidden, more=done < total, on_progress=progress)
                     if cutter is not None:
                         cutter.learn(time.monotonic() - started, weights.waited - waited)
                     if saved is not None and (done == total or time.monotonic() - saved_at >= save_every):
-                        reached(done)
                         saved.save(every_sums, done, total)
                         saved_at = time.monotonic()
-
-    def _run_chunk(
-        self,
-        engine: Engine,
-        chunk: Sequence[tuple[int, MicroBatch]],
-        every_sums: Sequence[DifferenceSums],
-        hidden: HiddenStates,
-        **options: Any,
-    ) -> None:
-        """Add up a chunk's differences, all of them or none."""
-        abilities = sorted({ability for ability, _ in chunk})
-        with ExitStack() as stack:
-            stack.callback(hidden.close)
-            for ability in abilities:
-                stack.enter_context(every_sums[ability].undone_on_error())
-            engine.run([Work(batch.to(self.device), every_sums[a]) for a, batch in chunk], hidden, **options)
-            for ability in abilities:
-                _check_finite(every_sums[ability], self.names[ability], self.dtype)
 
     @contextmanager
     def _settled(self) -> Iterator[tuple[PairWeights, MemoryPlan]]:
@@ -127,7 +111,7 @@ class Pass:
         weights = PairWeights(models, pair.shared_rows.get(head, layout.channel_shape(head)[0]))
         try:
             tokens = self._most_tokens
-            sums = 8 * layout.channel_count() * (len(self.names) + 1) + scratch_bytes(layout, self.device)
+            sums = 8 * layout.channel_count() * 2 * len(self.names) + scratch_bytes(layout, self.device)
             longest = max(batch.input_ids.shape[1] for _, batch in self.batches)
             working = sums + activation_bytes(weights, layout, tokens, longest)
             budget = free_memory(self.device, self.neighbours) if self.budget is None else self.budget
@@ -188,22 +172,22 @@ class Pass:
 @contextmanager
 def _kept_on_error(
     saved: RunState | None, every_sums: Sequence[DifferenceSums], total: int
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[[int | None], None]]:
     """If the run is interrupted or fails, save what it has reached.
 
     Yields:
-        A function that is told how many micro-batches are done.
+        A function that is told how many micro-batches the sums have; None while that is no whole number of chunks.
     """
-    done = 0
+    done: int | None = 0
 
-    def reached(count: int) -> None:
+    def reached(count: int | None) -> None:
         nonlocal done
         done = count
 
     try:
         yield reached
     except BaseException as error:
-        if saved is None or not done:
+        if saved is None or not done:  # nothing to save, or no whole number of chunks: the file stays as it is
             raise
         try:
             saved.save(every_sums, done, total)
@@ -213,6 +197,27 @@ def _kept_on_error(
         if isinstance(error, KeyboardInterrupt):
             message = f"Interrupted. {saved.path} keeps what is done; the same command goes on from there."
             raise KeyboardInterrupt(message) from error
+        raise
+
+
+@contextmanager
+def _all_or_nothing(
+    every_sums: Sequence[DifferenceSums],
+    chunk: Sequence[tuple[int, MicroBatch]],
+    reached: Callable[[int | None], None],
+    done: int,
+) -> Iterator[None]:
+    """Within, a chunk is added up; if an error ends it, the sums are what they were when ``done`` were added."""
+    undo = [every_sums[ability].remember() for ability in sorted({ability for ability, _ in chunk})]
+    try:
+        reached(None)
+        yield
+        reached(done + len(chunk))
+    except BaseException:
+        reached(None)
+        for each in undo:
+            each()
+        reached(done)  # not if a second interruption came in between
         raise
 
 

@@ -25,12 +25,14 @@ class Processes:
         count: of all of them.
         local_rank: its number on this machine.
         local_count: how many there are on this machine.
+        group: in which they wait for each other.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
     local_count: int = 1
+    group: Any = None
 
     def add_up(self, every_sums: Sequence[DifferenceSums]) -> None:
         """Replace sums and counts by those over all processes.
@@ -42,22 +44,21 @@ class Processes:
             vector = sums.vector.cpu()
             counted: list[Any] = [None] * self.count
             with _others_alive():
-                distributed.all_reduce(vector)
-                distributed.all_gather_object(counted, (sums.counts, sums.expert_tokens))
+                distributed.all_reduce(vector, group=self.group)
+                distributed.all_gather_object(counted, (sums.counts, sums.expert_tokens), group=self.group)
             sums.vector.copy_(vector)
             sums.counts = {module: sum(counts[module] for counts, _ in counted) for module in sums.counts}
             experts = {module for _, tokens in counted for module in tokens}
             sums.expert_tokens = {
                 module: [sum(column) for column in zip(*(t[module] for _, t in counted if module in t), strict=True)]
-                for module in sums.counts.keys() | experts
-                if module in experts
+                for module in sorted(experts)
             }
 
     def wait(self) -> None:
         """Go on when all processes are here."""
         if self.count > 1:
             with _others_alive():
-                distributed.barrier()
+                distributed.barrier(group=self.group)
 
 
 @contextmanager
@@ -71,7 +72,8 @@ def join_processes() -> Iterator[Processes]:
         yield Processes()
         return
     # One that is done early waits for the others; one that dies closes its connection, which ends the wait.
-    distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    distributed.init_process_group("gloo")
+    patient = distributed.new_group(backend="gloo", timeout=timedelta(days=7))
     rank = distributed.get_rank()
     try:
         yield Processes(
@@ -79,6 +81,7 @@ def join_processes() -> Iterator[Processes]:
             distributed.get_world_size(),
             int(os.environ.get("LOCAL_RANK", rank)),
             int(os.environ.get("LOCAL_WORLD_SIZE", count)),
+            patient,
         )
     finally:
         distributed.destroy_process_group()

@@ -88,6 +88,7 @@ def run_settings(
         "target": pair.target.fingerprint,
         "ability_model": pair.ability_model.fingerprint,
         "abilities": {ability.name: ability.data for ability in abilities},
+        "order": [ability.name for ability in abilities],
         "device": torch.device(device).type,
         "dtype": str(dtype).removeprefix("torch."),
         "batch_tokens": batch_tokens,

@@ -73,15 +73,19 @@ def write_profiles(
         if processes.rank == 0 and not any(is_complete(state) for state in _states(out_dir)):
             check_free(paths, overwrite=overwrite)
         device = usable_device(device, processes.local_rank if processes.count > 1 else None)
+        if processes.rank > 0:
+            processes.wait()  # the first one fetches the models from the Hub and merges a LoRA
         pair = open_pair(
             file.target, file.ability_model, lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code
         )
+        if processes.rank == 0:
+            processes.wait()
         if pair.target.fingerprint == pair.ability_model.fingerprint:
             raise ValueError(f"{file.target} and {file.ability_model} are the same model; there is nothing to transfer")
         if criterion != "activation":
-            made = profile_without_data(pair, criterion, random_seed=random_seed)
             if processes.rank > 0:
                 return {}
+            made = profile_without_data(pair, criterion, random_seed=random_seed)
             save_profile(made, paths[0], overwrite=overwrite)
             return {paths[0]: made}
         tokenizers = Tokenizers(file.target, file.ability_model, trust_remote_code)
@@ -117,4 +121,4 @@ def write_profiles(
 
 def _states(out_dir: Path) -> list[Path]:
     """The states of unfinished runs: one file, or one per process."""
-    return sorted(out_dir.glob("profile*.state"))
+    return sorted((*out_dir.glob("profile.state"), *out_dir.glob("profile-*-of-*.state")))

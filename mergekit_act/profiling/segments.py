@@ -31,8 +31,8 @@ class Carried:
 
     Attributes:
         hidden: the hidden state ``[batch, tokens, hidden]`` that the next segment receives.
-        calls: for each decoder layer the other arguments it receives. They follow from the token ids, and are found
-            again where they are not kept.
+        calls: for each decoder layer the other arguments it receives. Where they follow from the token ids, they need
+            not be kept.
     """
 
     hidden: Tensor
@@ -141,6 +141,14 @@ class SegmentedModel:
             f"{self.name} does more with the hidden state between decoder layers than pass it on; it cannot be profiled"
         )
 
+    def calls_follow_ids(self, input_ids: Tensor) -> bool:
+        """Whether the layers' other arguments follow from the token ids without their embeddings."""
+        carried = self.embed(input_ids)
+        with self._without_lookup(carried.hidden):
+            again = self.embed(input_ids)
+        pairs = zip(_tensors(carried.calls), _tensors(again.calls), strict=True)
+        return all(torch.equal(first, second) for first, second in pairs)
+
     def layer(self, index: int, input_ids: Tensor, carried: Carried, observer: Observer | None = None) -> Tensor:
         """Run decoder layer ``index`` on ``carried.hidden``.
 
@@ -209,7 +217,8 @@ class SegmentedModel:
                 hidden = args[0] if args else kwargs.pop("hidden_states")
                 if index == 0:
                     carried.hidden = hidden
-                if hidden is not carried.hidden or index != len(carried.calls):
+                mixes = any(tensor is hidden for tensor in _tensors((args[1:], kwargs)))
+                if hidden is not carried.hidden or index != len(carried.calls) or mixes:
                     raise _Interrupt
                 carried.calls.append((args[1:], kwargs))
                 if index == last:
@@ -262,6 +271,17 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del module.forward
         else:
             module.forward = before
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _owner(name: str) -> str:

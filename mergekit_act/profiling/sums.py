@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -91,17 +91,26 @@ class DifferenceSums:
             self.expert_tokens[experts] = [sum(pair) for pair in zip(seen, target.counts(), strict=True)]
 
     @contextmanager
-    def undone_on_error(self, modules: Sequence[str] | None = None) -> Iterator[None]:
-        """What is added within, to these modules or to any, is taken back if an error ends it, to the bit."""
-        changed = [self.vector] if modules is None else [self.sums[module] for module in modules]
-        before, counts, tokens = [total.clone() for total in changed], dict(self.counts), dict(self.expert_tokens)
+    def undone_on_error(self, modules: Sequence[str]) -> Iterator[None]:
+        """What is added to these modules within is taken back if an error ends it, to the bit."""
+        undo = self.remember(modules)
         try:
             yield
         except BaseException:
-            for total, earlier in zip(changed, before, strict=True):
+            undo()
+            raise
+
+    def remember(self, modules: Sequence[str] | None = None) -> Callable[[], None]:
+        """A function that sets these modules' sums and counts, or all, to what they are now."""
+        remembered = [self.vector] if modules is None else [self.sums[module] for module in modules]
+        before, counts, tokens = [total.clone() for total in remembered], dict(self.counts), dict(self.expert_tokens)
+
+        def undo() -> None:
+            for total, earlier in zip(remembered, before, strict=True):
                 total.copy_(earlier)
             self.counts, self.expert_tokens = counts, tokens
-            raise
+
+        return undo
 
     def means(self) -> dict[str, Tensor]:
         """module -> float32 ``[channels]`` (``[experts, channels]``), on the CPU."""
@@ -113,4 +122,4 @@ class DifferenceSums:
 
 def _block(layout: Layout, device: str) -> int:
     sizes = [layout.channel_count([module]) for module in layout.modules if len(layout.channel_shape(module)) == 1]
-    return max(_CPU_BLOCK if device == "cpu" else _DEVICE_BLOCK, *sizes)
+    return max(_CPU_BLOCK if torch.device(device).type == "cpu" else _DEVICE_BLOCK, *sizes)

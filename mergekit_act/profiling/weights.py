@@ -25,7 +25,7 @@ __all__ = ["HeadSlice", "PairWeights", "Piece", "synchronize"]
 
 # Rows of the heads that are compared together, whatever fits: sums must not depend on the memory.
 _HEAD_ROWS = 1 << 14
-_ALIGNMENT = 64
+_ALIGNMENT = 512  # as PyTorch's own allocations on CUDA
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class PairWeights:
         self._order: list[int] = []  # places of the pieces that are streamed
         self._free: list[Tensor] = []
         self._pending: tuple[int, Tensor, Future[list[tuple[int, Stored, Tensor]]]] | None = None
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        # All files are read by this one thread: mergekit patches PyTorch while it opens a pickle.
+        self._worker = ThreadPoolExecutor(1, "weights", initializer=_use, initargs=(models[0].device,))
 
     @property
     def whole(self) -> int:
@@ -163,15 +164,14 @@ class PairWeights:
         with ExitStack() as stack:
             for model in self.models:
                 embedding: Any = model.segmented.embedding
-                rows = model.read(model.embedding)[token_ids.cpu()].to(device=model.device, dtype=model.dtype)
-                model.checkpoint.flush()
+                rows = self._worker.submit(_rows, model, token_ids).result()
                 lookup = embedding.forward
                 # A padding index, which matters in training alone, has to be one of the rows.
                 padding = getattr(embedding, "padding_idx", None)
                 stack.callback(setattr, embedding, "padding_idx", padding)
                 embedding.padding_idx = None
-                stack.callback(setattr, embedding, "weight", embedding.weight)
-                embedding.weight = nn.Parameter(rows, requires_grad=False)
+                stack.callback(embedding._parameters.__setitem__, "weight", embedding.weight)
+                embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
 
                 def forward(input_ids: Tensor, lookup: Any = lookup) -> Tensor:
                     looked_up: Tensor = lookup(torch.searchsorted(token_ids, input_ids))
@@ -241,6 +241,19 @@ class PairWeights:
         return [
             HeadSlice(head.weight[rows], None if head.bias is None else head.bias[rows], rows.start) for head in heads
         ]
+
+
+def _rows(model: ModelWeights, token_ids: Tensor) -> Tensor:
+    """The token embedding's rows for some ids, on the device."""
+    rows = model.read(model.embedding)[token_ids.cpu()].to(device=model.device, dtype=model.dtype)
+    model.checkpoint.flush()
+    return rows
+
+
+def _use(device: str) -> None:
+    """Make a GPU this thread's; it would open the first one otherwise."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def synchronize(device: str) -> None:
