@@ -22,8 +22,6 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from conftest import make_model, tiny_config
 
-from mergekit_act.report import table
-
 NAMES = ("one.safetensors", "two.safetensors")
 
 
@@ -45,13 +43,13 @@ def main(kills: int, seed: int) -> None:
         data = f"dataset: {root}/sums.jsonl, prompt: q, answer: a"
         (root / "abilities.yml").write_text(
             f"target: {models[0]}\nability_model: {models[1]}\nabilities:\n"
-            f"  one: {{{data}, samples: 600}}\n  two: {{{data}, samples: 300, seed: 3}}\n"
+            f"  one: {{{data}, samples: 150}}\n  two: {{{data}, samples: 80, seed: 3}}\n"
         )
         started = time.monotonic()
         subprocess.run(command(root, "whole", "10GB"), check=True, stdout=subprocess.DEVNULL)
         length = time.monotonic() - started
         whole = [(root / "whole" / name).read_bytes() for name in NAMES]
-        rows, same = [], 0
+        same = 0
         for number in range(kills):
             out, budget = f"killed-{number}", chance.choice(["10GB", "1.6MB"])
             process = subprocess.Popen(command(root, out, budget), stdout=subprocess.DEVNULL)
@@ -72,8 +70,8 @@ def main(kills: int, seed: int) -> None:
             files = sorted(path.name for path in (root / out).iterdir())
             equal = files == list(NAMES) and [(root / out / name).read_bytes() for name in NAMES] == whole
             same += equal
-            rows.append([f"{moment:.1f} of {length:.1f} s", budget, done, "same bytes" if equal else "OTHER BYTES"])
-        print(table(["killed after", "budget", "state", "after the rerun"], rows))
+            said = "same bytes" if equal else "OTHER BYTES"
+            print(f"killed after {moment:.1f} of {length:.1f} s, budget {budget}, {done}: {said}", flush=True)
         print(f"{same} of {kills} killed runs gave the same bytes")
         sys.exit(same != kills)
 
