@@ -18,6 +18,7 @@ from pathlib import Path
 
 import click
 import torch
+from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from conftest import make_model, tiny_config
@@ -48,7 +49,13 @@ def main() -> None:
     with join_processes() as processes, tempfile.TemporaryDirectory() as folder:
         rows = []
         for name in (*ARCHITECTURES, "qwen3_moe", "mixtral", "gpt_oss"):
-            folders = [make_model(tiny_config(name), Path(folder) / name / str(seed), seed=seed) for seed in (1, 2)]
+            shared = [folder]
+            if processes.count > 1:
+                distributed.broadcast_object_list(shared)
+            folders = [Path(shared[0]) / name / str(seed) for seed in (1, 2)]
+            for seed, path in enumerate(folders if processes.rank == 0 else (), start=1):
+                make_model(tiny_config(name), path, seed=seed)
+            processes.wait()
             pair = open_pair(*map(str, folders))
             of_experts = [m for m in pair.layout.modules if "experts" in m or m.endswith((".gate", ".router"))]
             plain = [module for module in pair.layout.modules if module not in of_experts]
