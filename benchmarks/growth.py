@@ -17,7 +17,7 @@ def main() -> None:
     import click
     import torch
     from random_pair import CONFIGS, make_pair, qwen2
-    from streaming import measure
+    from streaming import measure, peaks_of
 
     from mergekit_act.profiling.memory import parse_bytes
     from mergekit_act.report import table
@@ -45,8 +45,7 @@ def main() -> None:
                         "samples": size["samples"], "batch_tokens": 1024, "budget": parse_bytes(budget),
                     }  # fmt: skip
                     found = measure(settings, script)
-                peaks = [found[kind] / 1e9 for kind in ("anonymous", "mapped", "both", "device")]
-                rows.append([*map(str, size.values()), f"{found['seconds']:.1f}", *(f"{peak:.2f}" for peak in peaks)])
+                rows.append([*map(str, size.values()), f"{found['seconds']:.1f}", *peaks_of([found])])
         print(f"float32 from bfloat16 files, {device}, 128 tokens a sample, budget {budget}; GB")
         print(table([*base, "seconds", "RssAnon", "RssFile", "their sum", "device"], rows))
 

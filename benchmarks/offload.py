@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from streaming import measure, memory_of
+from streaming import measure, memory_of, peaks_of
 
 
 def child(settings: dict) -> None:
@@ -60,8 +60,7 @@ def child(settings: dict) -> None:
 
 def main() -> None:
     import click
-    import torch
-    from random_pair import CONFIGS, make_pair
+    from random_pair import CONFIGS, pair_in
 
     from mergekit_act.profiling import default_dtype
     from mergekit_act.profiling.memory import parse_bytes
@@ -79,13 +78,9 @@ def main() -> None:
     def run(model, folder, budget, device, samples, tokens, batch_tokens, rounds) -> None:
         dtype = str(default_dtype(device)).removeprefix("torch.")
         with tempfile.TemporaryDirectory() as temporary:
-            root = Path(folder or temporary)
-            folders = (root / "target", root / "ability")
-            if not (folders[1] / "model.safetensors.index.json").exists():
-                make_pair(model, root, torch.bfloat16)
             common = {
-                "folders": [str(path) for path in folders], "device": device, "dtype": dtype, "samples": samples,
-                "tokens": tokens, "batch_tokens": batch_tokens,
+                "folders": pair_in(Path(folder or temporary), model), "device": device, "dtype": dtype,
+                "samples": samples, "tokens": tokens, "batch_tokens": batch_tokens,
             }  # fmt: skip
             modes = {
                 "bare forwards, resident": {"offload": None},
@@ -102,8 +97,8 @@ def main() -> None:
         seconds = {name: statistics.median(result["seconds"] for result in each) for name, each in results.items()}
         rows = []
         for name, each in results.items():
-            peaks = [max(result[kind] for result in each) / 1e9 for kind in ("anonymous", "mapped", "both", "device")]
-            rows.append([name, f"{seconds[name]:.1f}", *(f"{peak:.2f}" for peak in peaks)])
+            peaks = peaks_of(each)
+            rows.append([name, f"{seconds[name]:.1f}", *peaks])
         print(
             f"{model}, {dtype}, {device}, {samples} samples of {tokens} tokens, half answer, micro-batches of "
             f"{batch_tokens} tokens, medians of {rounds} alternating rounds; GB"

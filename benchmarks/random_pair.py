@@ -78,6 +78,13 @@ def make_pair(name: str, folder: Path, dtype: torch.dtype) -> tuple[Path, Path]:
     return folders
 
 
+def pair_in(folder: Path, name: str) -> list[str]:
+    """The folders of a bfloat16 pair, made there unless an earlier run has."""
+    if not (folder / "ability" / "model.safetensors.index.json").exists():
+        make_pair(name, folder, torch.bfloat16)
+    return [str(folder / "target"), str(folder / "ability")]
+
+
 def random_ability(samples: int, tokens: int, vocabulary: int) -> AbilitySamples:
     """Samples of equal length whose second half is the answer."""
     generator = torch.Generator().manual_seed(0)

@@ -81,10 +81,16 @@ def measure(settings: dict, script: str | Path = __file__) -> dict:
     return json.loads(said) | {"anonymous": peaks[0], "mapped": peaks[1], "both": peaks[2]}
 
 
+def peaks_of(results: list[dict]) -> list[str]:
+    """The largest RssAnon, RssFile, sum of both and device memory of some runs, in GB."""
+    return [
+        f"{max(result[kind] for result in results) / 1e9:.2f}" for kind in ("anonymous", "mapped", "both", "device")
+    ]
+
+
 def main() -> None:
     import click
-    import torch
-    from random_pair import CONFIGS, make_pair
+    from random_pair import CONFIGS, pair_in
 
     from mergekit_act.profiling.memory import parse_bytes
     from mergekit_act.report import table
@@ -101,13 +107,9 @@ def main() -> None:
     @click.option("--rounds", default=3, show_default=True)
     def run(model, folder, budget, device, dtype, samples, tokens, batch_tokens, rounds) -> None:
         with tempfile.TemporaryDirectory() as temporary:
-            root = Path(folder or temporary)
-            folders = (root / "target", root / "ability")
-            if not (folders[1] / "model.safetensors.index.json").exists():
-                make_pair(model, root, torch.bfloat16)
             common = {
-                "folders": [str(path) for path in folders], "device": device, "dtype": dtype, "samples": samples,
-                "tokens": tokens, "batch_tokens": batch_tokens,
+                "folders": pair_in(Path(folder or temporary), model), "device": device, "dtype": dtype,
+                "samples": samples, "tokens": tokens, "batch_tokens": batch_tokens,
             }  # fmt: skip
             modes = {"resident": 10**15} | {f"budget {text}": parse_bytes(text) for text in budget}
             results: dict[str, list[dict]] = {name: [] for name in modes}
@@ -119,8 +121,8 @@ def main() -> None:
         rows = []
         for name, each in results.items():
             seconds = statistics.median(result["seconds"] for result in each)
-            peaks = [max(result[kind] for result in each) / 1e9 for kind in ("anonymous", "mapped", "both", "device")]
-            rows.append([name, f"{seconds:.1f}", f"{seconds / resident:.2f}", *(f"{peak:.2f}" for peak in peaks)])
+            peaks = peaks_of(each)
+            rows.append([name, f"{seconds:.1f}", f"{seconds / resident:.2f}", *peaks])
         print(
             f"{model}, {results['resident'][0]['dtype']} from bfloat16 files, {device}, {samples} samples of {tokens} "
             f"tokens, half answer, micro-batches of {batch_tokens} tokens, {rounds} alternating rounds; GB"

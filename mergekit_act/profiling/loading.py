@@ -116,7 +116,8 @@ class ModelWeights:
     def read(self, stored: Stored) -> Tensor:
         """What the checkpoint has of it."""
         tensor = self.checkpoint.read(*stored.names)
-        assert tensor is not None, stored.names
+        if tensor is None:  # it was there when its header was read
+            raise ValueError(f'{self.checkpoint.reference} has no "{stored.names[0]}" any more; was it written to?')
         return tensor
 
     def _checked(self, stored: list[Stored]) -> list[Stored]:

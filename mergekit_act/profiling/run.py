@@ -12,7 +12,7 @@ from mergekit_act.files import check_free, check_writable, remove_leftovers
 from mergekit_act.profiling.controls import profile_without_data
 from mergekit_act.profiling.devices import default_dtype, usable_device
 from mergekit_act.profiling.pair import open_pair
-from mergekit_act.profiling.processes import join_processes
+from mergekit_act.profiling.processes import Processes, join_processes
 from mergekit_act.profiling.profiler import profile_pair, run_settings
 from mergekit_act.profiling.state import check_settings, is_complete
 
@@ -91,13 +91,12 @@ def write_profiles(
         tokenizers = Tokenizers(file.target, file.ability_model, trust_remote_code)
         abilities = [collect_samples(file, name, tokenizers) for name in file.abilities]
         chosen = default_dtype(device) if dtype is None else getattr(torch, dtype)
+        state = _own_state(out_dir, processes)
         if processes.rank == 0:
             settings = run_settings(pair, abilities, device, chosen, batch_tokens, processes)
-            for state in _states(out_dir):
-                check_settings(state, settings, overwrite=overwrite)
+            for found in _states(out_dir):
+                check_settings(found, settings, overwrite=overwrite)
         processes.wait()
-        part = f"-{processes.rank}-of-{processes.count}" if processes.count > 1 else ""
-        state = out_dir / f"profile{part}.state"
         profiles = profile_pair(
             pair,
             abilities,
@@ -114,9 +113,15 @@ def write_profiles(
             for profile, path in zip(profiles, paths, strict=True):
                 remove_leftovers(path)
                 save_profile(profile, path, overwrite=True)
-        processes.wait()
+        processes.wait()  # a state may go when the profiles are there
         state.unlink(missing_ok=True)
         return dict(zip(paths, profiles, strict=True)) if processes.rank == 0 else {}
+
+
+def _own_state(out_dir: Path, processes: Processes) -> Path:
+    """Where this process keeps its state."""
+    part = f"-{processes.rank}-of-{processes.count}" if processes.count > 1 else ""
+    return out_dir / f"profile{part}.state"
 
 
 def _states(out_dir: Path) -> list[Path]:
