@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,11 +70,21 @@ class Layout:
         repeated = {name for group in self.tied for name in group[1:]}
         return sum(math.prod(shape) for name, shape in (self.shapes or {}).items() if name not in repeated)
 
+    @property
+    def owned_names(self) -> frozenset[str]:
+        """All parameters that channels own slices of."""
+        return frozenset(name for owners in self.parameters.values() for name, _ in owners)
+
     def without_channels(self) -> dict[str, Shape]:
         """Parameters that no channel owns: they are never transferred."""
-        owned = {name for owners in self.parameters.values() for name, _ in owners}
+        owned = self.owned_names
         owned |= {name for group in self.tied if owned & set(group) for name in group}
         return {name: shape for name, shape in (self.shapes or {}).items() if name not in owned}
+
+    def without(self, modules: Collection[str]) -> Layout:
+        """The same layout without the channels of some modules; their parameters then have none."""
+        kept = {module: owned for module, owned in self.parameters.items() if module not in modules}
+        return replace(self, parameters=kept)
 
     def tied_names(self, name: str) -> tuple[str, ...]:
         """All names of the matrix that this parameter is, itself included."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -20,10 +22,18 @@ from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
-__all__ = ["Checkpoint", "TensorHeader", "open_checkpoint", "read_config", "read_headers"]
+__all__ = ["Checkpoint", "TensorHeader", "open_checkpoint", "parameter_name", "read_config", "read_headers"]
 
 _MIB = 1 << 20
+_FLOATS = {
+    **dict.fromkeys(("BF16", "bfloat16"), torch.bfloat16),
+    **dict.fromkeys(("F16", "float16"), torch.float16),
+    **dict.fromkeys(("F32", "float32"), torch.float32),
+    **dict.fromkeys(("F64", "float64"), torch.float64),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,17 @@ class TensorHeader:
     dtype: str
     shape: tuple[int, ...]
     file: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The floating-point dtype that mergekit can merge in, None for others."""
+        return _FLOATS.get(self.dtype)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its values."""
+        bits = int(re.sub(r"\D", "", self.dtype.partition("_")[0]) or 8)
+        return math.prod(self.shape) * bits // 8
 
 
 @dataclass(frozen=True)
@@ -194,6 +215,20 @@ def read_config(reference: str, *, trust_remote_code: bool = False) -> Any:
         return parsed.config(trust_remote_code=trust_remote_code)
     except OSError as error:  # not on the Hub, or the Hub is out of reach
         raise FileNotFoundError(f"{reference} has no config that can be loaded: {_one_line(error)}") from error
+
+
+def parameter_name(config: Any, stored: str) -> str:
+    """The Transformers parameter name of a stored tensor, where a model's files keep older names.
+
+    Vision-language models do: the files of Qwen2.5-VL say ``model.layers.0``, the model
+    ``model.language_model.layers.0``.
+    """
+    # Transformers keeps its conversions under the class's name or the model type.
+    for family in (*(config.architectures or ()), config.model_type):
+        for transform in get_checkpoint_conversion_mapping(family) or ():
+            if isinstance(transform, WeightRenaming):
+                stored = transform.rename_source_key(stored)[0]
+    return stored
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:

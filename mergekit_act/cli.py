@@ -151,6 +151,12 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
     help="How often the state of the run is kept in OUT_DIR, from which the same command goes on.",
 )
 @click.option("--random-seed", type=int, default=0, show_default=True, help="For --criterion random.")
+@click.option(
+    "--exclude",
+    metavar="MODULE-GLOB",
+    multiple=True,
+    help="Give modules no scores, such as a vision tower that text does not reach. Repeatable.",
+)
 @click.option("--lora-merge-cache", help="Folder for merged models, for references of the form model+lora.")
 @_trust
 @_overwrite
@@ -213,6 +219,38 @@ def mask(
     made = make_mask(loaded, density, exclude=exclude, hashes=[file_hash(path) for path in profiles])
     save_mask(made, out, overwrite=overwrite)
     click.echo(list_mask(made))
+
+
+@main.command(context_settings={"ignore_unknown_options": True}, options_metavar="[OPTIONS] [OPTIONS OF mergekit-yaml]")
+@click.argument("config_file", metavar="CONFIG.yml", type=click.Path(path_type=Path))
+@click.argument("merge_options", nargs=-1, type=click.UNPROCESSED, metavar="")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@_common
+def check(config_file: Path, merge_options: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+    """Tell what a merge would do.
+
+    Reads the config and the headers of the files it names, no weights: what is transferred, copied and has no
+    channels, what the merge costs, and everything that would make it fail (exit code 1). Takes mergekit-yaml's
+    options too; those that change the plan count.
+    """
+    import dataclasses
+    import json
+
+    from mergekit_act import autoload
+
+    autoload.install()
+    from mergekit_act.checking.configs import MergeConfigError
+    from mergekit_act.checking.summary import check_config, parse_merge_options
+    from mergekit_act.report import list_check
+
+    try:
+        summary = check_config(config_file, parse_merge_options(merge_options))
+    except MergeConfigError as error:
+        if as_json:
+            click.echo(json.dumps({"problems": error.problems}, indent=2))
+            raise SystemExit(1) from error
+        raise
+    click.echo(json.dumps(dataclasses.asdict(summary) | {"problems": []}, indent=2) if as_json else list_check(summary))
 
 
 @main.command(

@@ -5,11 +5,31 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import yaml
 from conftest import make_model, tiny_config
 from hub import COMMIT, serve_hub
+from test_merging import act_config, assert_merged, random_mask, state_of
 
-from mergekit_act.artifacts import load_profile
+from mergekit_act.artifacts import Mask, load_profile
+from mergekit_act.selection import unite
+
+
+def run_there(tmp_path, *command, **more):
+    """Run a command with its own client's cache against a server of tmp_path / "hub"."""
+    with serve_hub(tmp_path / "hub") as (endpoint, asked):
+        environment = os.environ | {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment | more, capture_output=True, text=True, check=False
+        )
+    return done, asked
 
 
 def test_a_pair_is_profiled_from_hub_ids_with_a_revision(sums_file, tmp_path):
@@ -19,18 +39,61 @@ def test_a_pair_is_profiled_from_hub_ids_with_a_revision(sums_file, tmp_path):
         "target: someone/target@v1\nability_model: someone/ability\n"
         f"abilities:\n  sums: {{dataset: {sums_file}, prompt: q, answer: a, samples: 4}}\n"
     )
-    with serve_hub(tmp_path / "hub") as (endpoint, asked):
-        environment = os.environ | {
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
-        command = [sys.executable, "-m", "mergekit_act", "profile", "a.yml", "out", "--quiet", "--dtype", "float32"]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done, asked = run_there(
+        tmp_path, sys.executable, "-m", "mergekit_act", "profile", "a.yml", "out", "--quiet", "--dtype", "float32"
+    )
     assert done.returncode == 0, (done.stderr[-2000:], asked)
     profile = load_profile(tmp_path / "out" / "sums.safetensors")
     assert (profile.target["model"], profile.target["revision"]) == ("someone/target", COMMIT)
     assert (profile.ability_model["model"], profile.ability_model["revision"]) == ("someone/ability", COMMIT)
     assert any("/someone/target/" in path and "v1" in path for path in asked), asked
+
+
+def test_masks_come_from_the_hub_and_then_from_its_cache(pair_of, tmp_path):
+    target, ability = pair_of("qwen2")
+    masks = [
+        random_mask(target, ability, tmp_path / "hub" / "someone" / "masks" / f"{name}.safetensors", seed=seed)
+        for seed, name in enumerate(("science", "code"))
+    ]
+    script = str(Path(sys.executable).parent / "mergekit-yaml")
+
+    def merge(setting, out, **environment):
+        config = act_config(target, (ability, {"weight": 0.5, "mask": setting}))
+        (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+        return run_there(tmp_path, script, "c.yml", out, "--quiet", **environment)
+
+    done, asked = merge("hf://someone/masks@v1/science.safetensors", "one")
+    assert done.returncode == 0, (done.stderr[-2000:], asked)
+    assert any("/someone/masks/resolve/v1/science.safetensors" in path for path in asked)
+    assert_merged(state_of(tmp_path / "one"), state_of(target), [(state_of(ability), 0.5, masks[0])], tied=False)
+
+    done, _ = merge("hf://someone/masks@v1/science.safetensors", "again", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    done, asked = merge("hf://someone/masks/*.safetensors", "both")
+    assert done.returncode == 0, (done.stderr[-2000:], asked)
+    both = Mask(unite(mask.channels for mask in masks), masks[0].layout)
+    assert_merged(state_of(tmp_path / "both"), state_of(target), [(state_of(ability), 0.5, both)], tied=False)
+
+
+def test_masks_that_are_not_on_the_hub(pair_of, tmp_path):
+    target, ability = pair_of("qwen2")
+    random_mask(target, ability, tmp_path / "hub" / "someone" / "masks" / "science.safetensors")
+    script = str(Path(sys.executable).parent / "mergekit-yaml")
+    settings = {
+        "hf://someone/masks/scince.safetensors": 'mask "hf://someone/masks/scince.safetensors" could not be fetched',
+        "hf://no/body/science.safetensors": 'mask "hf://no/body/science.safetensors" could not be fetched',
+        "hf://someone/masks/*.bin": 'mask "hf://someone/masks/*.bin" matches no file',
+        "hf://someone/masks": 'mask "hf://someone/masks" names a repository; add a file',
+        "hf://science.safetensors": "expected hf://user/repo[@revision]/file.safetensors",
+    }
+    config = act_config(target, *((ability, {"weight": 0.5, "mask": setting}) for setting in settings))
+    for place, model in enumerate(config["models"][1:]):
+        (tmp_path / f"m{place}").symlink_to(ability)
+        model["model"] = str(tmp_path / f"m{place}")
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    done, _ = run_there(tmp_path, script, "c.yml", "out", "--quiet")
+    assert done.returncode == 1
+    for words in settings.values():
+        assert words in done.stderr
+    assert "Traceback" not in done.stderr

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 from click.testing import CliRunner
+from mergekit.merge_methods import get
 
 from mergekit_act.checking.configs import MergeConfigError, config_problems
 from mergekit_act.cli import main
-from mergekit_act.merging import act_merge
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,5 +41,5 @@ def test_the_message_in_the_readme_is_the_one_that_is_printed(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     settings = {"wieght": 1, "weight": 1, "mask": "masks/scince.safetensors"}
     config = {"base_model": "t", "models": [{"model": "a", "parameters": settings}], "parameters": {"densty": 1}}
-    message = f"Error: {MergeConfigError(config_problems(config, act_merge.spec)).message}"
+    message = f"Error: {MergeConfigError(config_problems(config, get('act').spec)).message}"
     assert message.replace(str(tmp_path), "/home/me/merges") in README

@@ -24,7 +24,7 @@ class MergeConfigError(click.ClickException, ValueError):
     """A merge that would fail or do something else than it says; mergekit's commands print it and exit with 1."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        shown = sorted(set(problems))
+        self.problems = shown = sorted(set(problems))
         if len(shown) == 1:
             super().__init__(shown[0])
         else:
@@ -42,7 +42,7 @@ def config_problems(config: Any, spec: Any) -> list[str]:
             problems.append(f'{key} "{config[key]}" is not known; expected bfloat16, float16 or float32')
     if config.get("base_model") is None and config.get("models"):
         problems.append(f"{spec.name} needs base_model, the target; the config names none")
-    return problems
+    return problems + _slices_without_the_target(config)
 
 
 def model_problems(config: Any, options: Any) -> list[str]:
@@ -126,7 +126,7 @@ def _missing_files(config: Any) -> list[str]:
     for text in (text for key, value in _parameters(config) if key == "mask" for text in _texts(value)):
         try:
             find_mask_files(text)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
     return problems
 
@@ -154,6 +154,24 @@ def _settings_of_the_target(config: Any, base: Any = None) -> list[str]:
         *(f"{base} is the base_model, the target; it takes no {key}" for key in settings or ()),
         *(problem for value in config.values() for problem in _settings_of_the_target(value, base)),
     ]
+
+
+def _slices_without_the_target(config: Mapping[str, Any]) -> list[str]:
+    """mergekit adds the target to ``models:`` by itself, but not to the sources of slices."""
+    listed = {"slices": config.get("slices")} | {
+        f"modules.{name}.slices": (module or {}).get("slices") for name, module in (config.get("modules") or {}).items()
+    }
+    problems = []
+    for where, slices in listed.items():
+        for place, part in enumerate(slices or ()):
+            base = part.get("base_model") or config.get("base_model")
+            if base is None:
+                problems.append(f"{where}[{place}] has no base_model, the target; name it there or at the top")
+            elif base not in [source["model"] for source in part["sources"]]:
+                problems.append(
+                    f"{where}[{place}] lacks the base_model {base} among its sources; add it with its layer_range"
+                )
+    return problems
 
 
 def _parameters(config: Any) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +13,41 @@ from mergekit.architecture import WeightInfo
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.io.tasks import LoaderCache
+from mergekit.merge_methods.registry import get
 
+from mergekit_act.channels import Layout
 from mergekit_act.checking.configs import MergeConfigError, setting_problems
-from mergekit_act.checkpoints import Checkpoint, TensorHeader, read_headers
+from mergekit_act.checking.headers import HeaderLoader
+from mergekit_act.checking.loads import load_less
+from mergekit_act.checking.models import forward_differences
+from mergekit_act.checkpoints import Checkpoint, TensorHeader, parameter_name, read_headers
 from mergekit_act.merging import MaskFiles, TensorSelection, channels_along, load_mask_files
 
-__all__ = ["FlatPlanCheck", "PlanCheck"]
+__all__ = ["FlatPlanCheck", "PlanCheck", "PlannedTensor"]
 
 LOG = logging.getLogger(__name__)
+
+Sources = Mapping[ModelReference, WeightInfo]
+CONVERTED = "several tensors"
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor, as planned.
+
+    Attributes:
+        name: in the output.
+        sources: all names that a mask may have for the target's tensor that it is made of.
+        headers: of each model's tensor, the target's first; None where a model lacks an optional one.
+        selections: ability model -> what is selected of it, where anything is.
+        settings: ability model -> the method's parameters for this tensor.
+    """
+
+    name: str
+    sources: frozenset[str]
+    headers: Mapping[ModelReference, TensorHeader | None]
+    selections: Mapping[ModelReference, TensorSelection]
+    settings: Mapping[ModelReference, Mapping[str, Any]]
 
 
 @dataclass
@@ -30,33 +57,49 @@ class PlanCheck:
     config: Any
     options: Any
     problems: list[str] = field(default_factory=list)
+    tensors: list[PlannedTensor] = field(default_factory=list)
     missing: dict[ModelReference, list[str]] = field(default_factory=dict)
     masks: dict[tuple[ModelReference, str, float | None], MaskFiles | None] = field(default_factory=dict)
-    outputs: set[str] = field(default_factory=set)
-    bases: set[ModelReference] = field(default_factory=set)
-    models: set[ModelReference] = field(default_factory=set)
+    parameters: set[str] = field(default_factory=set)
+    bases: dict[ModelReference, None] = field(default_factory=dict)
+    models: dict[ModelReference, None] = field(default_factory=dict)
     unweighted: set[ModelReference] = field(default_factory=set)
     checkpoints: dict[ModelReference, Checkpoint] = field(default_factory=dict)
+    headers: dict[tuple[ModelReference, str], TensorHeader | None] = field(default_factory=dict)
 
-    def resolve(self, weight: Any, task: Any) -> Any:
+    @cached_property
+    def spec(self) -> Any:
+        """What mergekit knows of the method."""
+        return get(self.config.merge_method).spec
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """Of the masks' models."""
+        return [files.layout for files in self.masks.values() if files is not None]
+
+    def resolve(self, weight: WeightInfo, task: Any) -> Any:
         """The task with each model's mask setting replaced by what it selects of this tensor."""
         sources = self._sources(task)
         base = task.base_model
-        self.bases.add(base)
-        self.outputs |= _names(sources[base])
-        self._check_presence(weight, sources)
-        parameters = dict(task.input_parameters.items())
-        for model in task.model_order:
-            if model == base:
-                continue
-            self.models.add(model)
-            settings = dict(parameters[model].items())
-            if settings["weight"] is None:
+        self.bases[base] = None
+        self.parameters |= self._names_of(base, sources[base])
+        self._check_presence(weight, base, sources)
+        settings = {model: dict(values.items()) for model, values in task.input_parameters.items() if model != base}
+        selections = {}
+        for model in settings:
+            self.models[model] = None
+            if settings[model].get("weight", 0) is None:
                 self.unweighted.add(model)
-            files = self._mask_files(model, settings["mask"], settings["mask_density"])
-            settings["mask"] = self._select(weight, sources, base, model, files) if files else None
-            parameters[model] = ImmutableMap(settings)
-        return task.model_copy(update={"input_parameters": ImmutableMap(parameters)})
+            files = self._mask_files(model, settings[model]["mask"], settings[model]["mask_density"])
+            selection = self._select(weight, sources, base, model, files) if files else None
+            settings[model]["mask"] = selection
+            if selection is not None and selection.any() and settings[model].get("weight") != 0:
+                selections[model] = selection
+        self._record(weight, base, sources, selections, settings)
+        parameters = dict(task.input_parameters.items()) | {m: ImmutableMap(s) for m, s in settings.items()}
+        task = task.model_copy(update={"input_parameters": ImmutableMap(parameters)})
+        headers = [self._header(model, source) for model, source in sources.items()]
+        return load_less(task, selections, self._ties, headers)
 
     def finish(self) -> None:
         """Raise all problems, or tell what is worth telling.
@@ -68,9 +111,29 @@ class PlanCheck:
         self._check_matches()
         if self.problems:
             raise MergeConfigError(self.problems)
-        self._tell_other_pairs()
+        for line in self.remarks():
+            LOG.warning(line)
+
+    def remarks(self) -> list[str]:
+        """What is no mistake but worth knowing before the merge."""
+        return [*self._other_pairs(), *self._other_forwards()]
+
+    def _record(
+        self,
+        weight: WeightInfo,
+        base: ModelReference,
+        sources: Sources,
+        selections: Mapping[ModelReference, TensorSelection],
+        settings: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> None:
+        headers = {model: self._header(model, source) for model, source in sources.items()}
+        names = frozenset(self._names_of(base, sources[base]))
+        ordered = {base: headers[base]} | headers
+        self.tensors.append(PlannedTensor(weight.name, names, ordered, selections, settings))
 
     def _check_models(self) -> None:
+        if not self.models:
+            self.problems.append(f"the config names no ability model; {self.spec.name} needs one besides the target")
         for model in self.models:
             if not any(key[0] == model for key in self.masks):
                 self.problems.append(f'{model} has no "mask"; name a mask or profile under its "parameters:"')
@@ -99,8 +162,11 @@ class PlanCheck:
                 continue
             for module in files.channels:
                 names = [tied for name, _ in files.layout.parameters[module] for tied in files.layout.tied_names(name)]
-                if not self.outputs & set(names):
-                    self.problems.append(f'mask "{setting}" of {model}: no output tensor matches module "{module}"')
+                if not self.parameters & set(names):
+                    self.problems.append(
+                        f'mask "{setting}" of {model}: no output tensor matches module "{module}". If it is left out '
+                        f"on purpose, make the mask with --exclude '{module}'"
+                    )
 
     def _mask_files(self, model: ModelReference, setting: str | None, density: float | None) -> MaskFiles | None:
         if setting is None:
@@ -115,15 +181,11 @@ class PlanCheck:
         return self.masks[key]
 
     def _select(
-        self,
-        weight: Any,
-        sources: Mapping[ModelReference, Any],
-        base: ModelReference,
-        model: ModelReference,
-        files: MaskFiles,
+        self, weight: WeightInfo, sources: Sources, base: ModelReference, model: ModelReference, files: MaskFiles
     ) -> TensorSelection | None:
-        names = {weight.name, *(weight.aliases or ())} if weight.name == sources[base].name else set()
-        names |= _names(sources[base])
+        names = self._names_of(base, sources[base])
+        if weight.name == sources[base].name:
+            names |= self._names_of(base, weight)
         if self._ties(base, files):
             names |= {tied for name in names for tied in files.layout.tied_names(name)}
         selection = files.selection(sorted(names), weight.vocabulary_axis)
@@ -134,22 +196,21 @@ class PlanCheck:
                 f'"{weight.name}" is made of "{sources[base].name}" of {base} and "{sources[model].name}" of {model}; '
                 "channels can only be moved between the same layers"
             )
+        if self._header(model, sources[model]) is None:
+            self.missing.setdefault(model, []).append(f'"{sources[model].name}"')
         header = self._header(base, sources[base])
         for axis, chosen in selection.slices.items():
-            fits = header is None or axis < len(header.shape)
-            if header is not None and fits:
-                fits = tuple(chosen.shape) == channels_along(axis, header.shape, chosen.ndim)
-            if header is not None and not fits:
+            if header is not None and not _fits(axis, chosen, header.shape):
                 shown = ", ".join(map(str, files.files))
                 self.problems.append(
                     f'mask {shown} has {chosen.numel()} channels for "{weight.name}"; the target\'s tensor is '
                     f"{list(header.shape)} (axis {axis}). Profile this pair again with mergekit-act profile"
                 )
-            if axis == weight.vocabulary_axis:
+            if axis == weight.vocabulary_axis and chosen.any():
                 self._check_vocabulary(weight)
         return selection
 
-    def _check_vocabulary(self, weight: Any) -> None:
+    def _check_vocabulary(self, weight: WeightInfo) -> None:
         """Row i of a vocabulary tensor has to be the target's token id i."""
         tokenizer = self.config.tokenizer
         source = tokenizer.source if tokenizer is not None else self.config.tokenizer_source
@@ -163,7 +224,7 @@ class PlanCheck:
                 f'rows of "{weight.name}" are selected and pad_to_multiple_of refills rows with a mean; leave one out'
             )
 
-    def _check_presence(self, weight: Any, sources: Mapping[ModelReference, Any]) -> None:
+    def _check_presence(self, weight: WeightInfo, base: ModelReference, sources: Sources) -> None:
         """Are the tensors there, and of one shape?"""
         rows = {}
         shapes = {}
@@ -174,7 +235,8 @@ class PlanCheck:
                 if weight.vocabulary_axis is not None and shape:
                     rows[model] = shape.pop(weight.vocabulary_axis)
                 shapes[model] = shape
-            if header is None and not weight.optional and not self._convertible(model, source):
+            needed = model == base or not weight.optional
+            if header is None and needed:
                 self.missing.setdefault(model, []).append(f'"{source.name}"')
         if any(shape != next(iter(shapes.values())) for shape in shapes.values()):
             shown = ", ".join(f"{shape} in {model}" for model, shape in shapes.items())
@@ -182,7 +244,7 @@ class PlanCheck:
         if len(set(rows.values())) > 1:
             self._check_lengths(weight, rows)
 
-    def _check_lengths(self, weight: Any, rows: Mapping[ModelReference, int]) -> None:
+    def _check_lengths(self, weight: WeightInfo, rows: Mapping[ModelReference, int]) -> None:
         aligned = self.config.tokenizer is not None or self.config.tokenizer_source is not None
         if not aligned and not self.options.unsafe_truncate_embeddings:
             shown = ", ".join(f"{model} has {count}" for model, count in rows.items())
@@ -190,7 +252,12 @@ class PlanCheck:
                 f'vocabularies of "{weight.name}" differ: {shown} rows. Add "tokenizer: {{source: base}}" to the config'
             )
 
-    def _sources(self, task: Any) -> dict[ModelReference, Any]:
+    def _names_of(self, base: ModelReference, source: WeightInfo) -> set[str]:
+        """All names that a mask may have for a tensor of the target."""
+        names = {source.name, *(source.aliases or ())}
+        return names | {parameter_name(self._config(base), name) for name in names}
+
+    def _sources(self, task: Any) -> dict[ModelReference, WeightInfo]:
         """model -> which of its tensors goes into an output."""
         gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
         return dict(gather.weight_info.items())
@@ -198,14 +265,24 @@ class PlanCheck:
     def _ties(self, model: ModelReference, _files: MaskFiles | None = None) -> bool:
         return bool(getattr(self._config(model).get_text_config(), "tie_word_embeddings", False))
 
-    def _convertible(self, model: ModelReference, source: Any) -> bool:
-        keys = set(self._checkpoint(model).headers)
-        return bool(can_convert_checkpoint_keys(self._config(model).model_type, keys, source.name))
+    def _header(self, model: ModelReference, source: WeightInfo) -> TensorHeader | None:
+        """What a model has of a tensor; None if it lacks it."""
+        key = (model, source.name)
+        if key not in self.headers:
+            stored = self._checkpoint(model).headers
+            names = (source.name, *(source.aliases or ()), *(source.tied_names or ()))
+            found = next((stored[name] for name in names if name in stored), None)
+            self.headers[key] = found or self._converted(model, source.name)
+        return self.headers[key]
 
-    def _header(self, model: ModelReference, source: Any) -> TensorHeader | None:
-        headers = self._checkpoint(model).headers
-        names = (source.name, *(source.aliases or ()), *(source.tied_names or ()))
-        return next((headers[name] for name in names if name in headers), None)
+    def _converted(self, model: ModelReference, name: str) -> TensorHeader | None:
+        """The header that a tensor has once mergekit has converted it from an older layout."""
+        checkpoint = self._checkpoint(model)
+        if not can_convert_checkpoint_keys(self._config(model).model_type, set(checkpoint.headers), name):
+            return None
+        shape = checkpoint.shape(name)
+        dtype = next(iter(checkpoint.headers.values())).dtype
+        return None if shape is None else TensorHeader(dtype, shape, CONVERTED)
 
     def _config(self, model: ModelReference) -> Any:
         return self._checkpoint(model).config
@@ -213,44 +290,69 @@ class PlanCheck:
     def _checkpoint(self, model: ModelReference) -> Checkpoint:
         """The model's files as mergekit's loader has opened them."""
         if model not in self.checkpoints:
-            folder = Path(LoaderCache().get(model).index.base_path)
-            self.checkpoints[model] = Checkpoint(model, folder, model.config(self.options.trust_remote_code))
+            loader = LoaderCache().get(model)
+            if isinstance(loader, HeaderLoader):
+                self.checkpoints[model] = loader.checkpoint
+            else:
+                config = model.config(self.options.trust_remote_code)
+                self.checkpoints[model] = Checkpoint(model, Path(loader.index.base_path), config)
         return self.checkpoints[model]
 
-    def _tell_other_pairs(self) -> None:
+    def _other_pairs(self) -> list[str]:
+        found = []
         for (model, setting, _), files in self.masks.items():
             for base in self.bases:
                 here = (self._checkpoint(base).fingerprint, self._checkpoint(model).fingerprint)
-                if files is not None and any(None not in pair and pair != here for pair in files.pairs):
-                    LOG.warning(
-                        'mask "%s" was made from another pair of models than %s and %s; it is used as it is',
-                        setting, base, model,
-                    )  # fmt: skip
+                pairs = files.pairs if files is not None and all(here) else ()
+                if any(None not in pair and pair != here for pair in pairs):
+                    found.append(
+                        f'mask "{setting}" was made from another pair of models than {base} and {model}; it is used '
+                        "as it is"
+                    )
+        return found
+
+    def _other_forwards(self) -> list[str]:
+        return [
+            f"{base} and {model} differ in {key}: {ours} and {theirs}; the merged model runs with the target's"
+            for base in self.bases
+            for model in self.models
+            for key, ours, theirs in forward_differences(self._config(base), self._config(model))
+        ]
 
 
 class FlatPlanCheck(PlanCheck):
     """The same for the plans of ``mergekit-pytorch``: each model is one weight file, and there is no config."""
 
-    def _sources(self, task: Any) -> dict[ModelReference, Any]:
+    def _sources(self, task: Any) -> dict[ModelReference, WeightInfo]:
         return {model: WeightInfo(name=load.tensor_name) for model, load in task.gather_tensors.tensors.items()}
+
+    def _names_of(self, base: ModelReference, source: WeightInfo) -> set[str]:
+        return {source.name}
 
     def _ties(self, model: ModelReference, files: MaskFiles | None = None) -> bool:
         """A file that holds one of the names that a mask's model ties holds the matrix of both."""
         groups = files.layout.tied if files is not None else ()
         return any(len(set(group) & set(self._checkpoint(model).headers)) == 1 for group in groups)
 
-    def _convertible(self, model: ModelReference, source: Any) -> bool:
-        return False
+    def _converted(self, model: ModelReference, name: str) -> TensorHeader | None:
+        return None
 
     def find_left_out(self) -> None:
         """mergekit-pytorch plans the tensors of the listed models only; what just the target has would be lost."""
         for base in self.bases:
-            left_out = sorted(set(self._checkpoint(base).headers) - self.outputs)
+            left_out = sorted(set(self._checkpoint(base).headers) - self.parameters)
             if left_out:
                 self.problems.append(
                     f"{len(left_out)} tensors of {base} are in no ability model and would be left out, such as "
                     f'"{left_out[0]}"; say --tensor-intersection if that is meant'
                 )
+
+    def remarks(self) -> list[str]:
+        """Nothing: a weight file has neither a config nor a fingerprint that a profile would know."""
+        return []
+
+    def _record(self, *_args: Any) -> None:
+        """No one asks."""
 
     def _missing_sentence(self, model: ModelReference, names: str) -> str:
         return f"{model} has no tensor {names}, which another model has; say --tensor-intersection to leave it out"
@@ -260,9 +362,6 @@ class FlatPlanCheck(PlanCheck):
             file = Path(model.model.path)
             self.checkpoints[model] = _WeightFile(model, file.parent, None, file.name)
         return self.checkpoints[model]
-
-    def _tell_other_pairs(self) -> None:
-        """A weight file has no fingerprint that a profile would know."""
 
 
 @dataclass(frozen=True)
@@ -277,5 +376,5 @@ class _WeightFile(Checkpoint):
         return read_headers(self.folder / self.file)
 
 
-def _names(source: Any) -> set[str]:
-    return {source.name, *(source.aliases or ())}
+def _fits(axis: int, chosen: Any, shape: Sequence[int]) -> bool:
+    return axis < len(shape) and tuple(chosen.shape) == channels_along(axis, shape, chosen.ndim)

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from mergekit_act.checking.configs import MergeConfigError, config_problems, file_problems, model_problems
 from mergekit_act.checking.plans import FlatPlanCheck, PlanCheck
+from mergekit_act.checking.slices import follow_layers
 from mergekit_act.merging import is_ours, refuse_to_run
 
 __all__ = ["wrap_flat_planner", "wrap_merge", "wrap_planner"]
@@ -55,8 +56,9 @@ def wrap_planner() -> None:
                 return
             with _one_sentence():
                 plan(self)
-                check = PlanCheck(self.config, self.options)
+                check = self.mergekit_act_check = PlanCheck(self.config, self.options)
                 self._tensors = [(weight, check.resolve(weight, task)) for weight, task in self._tensors]
+                follow_layers(self)
                 check.finish()
 
         return checked_plan

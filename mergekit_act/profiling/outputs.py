@@ -73,7 +73,8 @@ class OutputForms:
         if unseen:
             raise ValueError(
                 f"{self._name}: {len(unseen)} modules with channels put nothing out that can be observed: "
-                f"{', '.join(unseen[:10])}"
+                f"{', '.join(unseen[:10])}. Where text alone does not reach them, leave them out with --exclude, "
+                f"such as --exclude '{kind_pattern(unseen[0])}'"
             )
 
     def _axes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from mergekit_act.channels import Layout, build_skeleton, layout_of_model
 from mergekit_act.checkpoints import Checkpoint, open_checkpoint
+from mergekit_act.selection import excluded_modules
 
 __all__ = ["ModelPair", "open_pair"]
 
@@ -24,6 +26,7 @@ class ModelPair:
         ability_layout: the ability model's; it may tie its head where the target does not.
         vocabulary: length of the vocabulary (embedding rows) that both have.
         positions: longest sample that both models' position embeddings can take; None without such a table.
+        exclude: globs of the modules that were left out of the layout.
         shared_rows: head module -> number of its leading channels that both have, where the ability model's is shorter.
     """
 
@@ -35,6 +38,7 @@ class ModelPair:
     shared_rows: dict[str, int]
     positions: int | None = None
     trust_remote_code: bool = False
+    exclude: tuple[str, ...] = ()
 
     def skeletons(self) -> tuple[nn.Module, nn.Module]:
         """Both models without weights, each under its own config."""
@@ -49,15 +53,23 @@ def open_pair(
     target: str,
     ability_model: str,
     *,
+    exclude: Sequence[str] = (),
     lora_merge_cache: str | None = None,
     trust_remote_code: bool = False,
 ) -> ModelPair:
     """Open both model references and see that they can be profiled together, before any weight is read.
 
+    Args:
+        target: a model reference as mergekit takes it.
+        ability_model: likewise.
+        exclude: globs of modules that get no scores, such as a vision tower that text does not reach.
+        lora_merge_cache: folder for merged models, for references of the form ``model+lora``.
+        trust_remote_code: allow the models' own code from the Hub.
+
     Raises:
         FileNotFoundError: a model folder, its config or its weights are missing.
-        ValueError: the models differ in their modules, the target ties its head and the ability model does not, or a
-            model is quantised.
+        ValueError: a glob matches no module, the models differ in their modules, the target ties its head and the
+            ability model does not, or a model is quantised.
     """
     first, second = (
         open_checkpoint(reference, lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code)
@@ -83,8 +95,13 @@ def open_pair(
     head = next((name for name, module in models[0].named_modules() if module is models[0].get_output_embeddings()), "")
     head_rows = [int(model.get_output_embeddings().weight.shape[0]) for model in models] if head else [0, 0]
     shared = {head: head_rows[1]} if head_rows[1] < head_rows[0] else {}
+    left_out = excluded_modules(layouts[0], exclude)
+    layout, ability_layout = (layout.without(left_out) for layout in layouts)
+    shared = {module: rows for module, rows in shared.items() if module not in left_out}
     positions = min((length for model in models for length in _position_tables(model)), default=None)
-    return ModelPair(first, second, layouts[0], layouts[1], min(rows), shared, positions, trust_remote_code)
+    return ModelPair(
+        first, second, layout, ability_layout, min(rows), shared, positions, trust_remote_code, tuple(exclude)
+    )
 
 
 def _position_tables(model: Any) -> list[int]:

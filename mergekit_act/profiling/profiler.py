@@ -87,6 +87,7 @@ def run_settings(
     return {
         "target": pair.target.fingerprint,
         "ability_model": pair.ability_model.fingerprint,
+        "exclude": list(pair.exclude),
         "abilities": {ability.name: ability.data for ability in abilities},
         "order": [ability.name for ability in abilities],
         "device": torch.device(device).type,
@@ -134,6 +135,8 @@ def _profile(pair: ModelPair, ability: AbilitySamples, sums: DifferenceSums, dty
         samples=len(ability.samples),
         answer_tokens=ability.answer_tokens,
         dtype=str(dtype).removeprefix("torch."),
-        data=ability.data | ({"expert_tokens": sums.expert_tokens} if sums.expert_tokens else {}),
+        data=ability.data
+        | ({"exclude": list(pair.exclude)} if pair.exclude else {})
+        | ({"expert_tokens": sums.expert_tokens} if sums.expert_tokens else {}),
         shared_rows=pair.shared_rows,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ def write_profiles(
     memory_budget: int | None = None,
     save_every: float = 60.0,
     random_seed: int = 0,
+    exclude: Sequence[str] = (),
     lora_merge_cache: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -51,6 +53,7 @@ def write_profiles(
         memory_budget: as for ``profile_pair``.
         save_every: as for ``profile_pair``.
         random_seed: for the criterion ``random``.
+        exclude: as for ``open_pair``.
         lora_merge_cache: folder for merged models, for references of the form ``model+lora``.
         trust_remote_code: allow the models' own code from the Hub.
         overwrite: replace profiles that exist, and the state of a run with other settings.
@@ -76,7 +79,11 @@ def write_profiles(
         if processes.rank > 0:
             processes.wait()  # the first one fetches the models from the Hub and merges a LoRA
         pair = open_pair(
-            file.target, file.ability_model, lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code
+            file.target,
+            file.ability_model,
+            exclude=exclude,
+            lora_merge_cache=lora_merge_cache,
+            trust_remote_code=trust_remote_code,
         )
         if processes.rank == 0:
             processes.wait()

@@ -293,7 +293,10 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The outermost list of modules that is as long as the config says there are layers."""
     config: Any = model.config
     count = config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    find: Any = getattr(model, "get_decoder", None)
+    decoder = find() if callable(find) else None
+    # A vision tower's list can be as long as the decoder's.
+    for module in (decoder if isinstance(decoder, nn.Module) else model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
     raise ValueError(f"{type(model).__name__} has no list of {count} decoder layers; it cannot be profiled")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mergekit_act.artifacts import Mask, Profile
 from mergekit_act.channels import Layout, kind_pattern
 from mergekit_act.selection import selected_parameters
 
-__all__ = ["list_channels", "list_expert_tokens", "list_mask", "table"]
+if TYPE_CHECKING:
+    from mergekit_act.checking.summary import CheckSummary
+
+__all__ = ["list_channels", "list_check", "list_expert_tokens", "list_mask", "table"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -81,6 +85,29 @@ def list_expert_tokens(profile: Profile) -> str:
         f"  answer tokens per expert: {min(counts):,} to {max(counts):,}, median {statistics.median(counts):,.0f}, "
         f"{len(counts):,} experts{idle}"
     )
+
+
+def list_check(summary: CheckSummary) -> str:
+    """What a merge would do, by kind of tensor, and its estimated cost."""
+    rows = []
+    for kind in summary.kinds:
+        fate = "no channels: copied" if not kind.has_channels else "copied" if not kind.transferred else ""
+        moved = _percent(kind.moved, kind.parameters)
+        rows.append([kind.kind, f"{kind.tensors:,}", f"{kind.transferred:,}", f"{kind.parameters:,}", fate or moved])
+    parameters, moved_in_all = (sum(getattr(kind, key) for kind in summary.kinds) for key in ("parameters", "moved"))
+    lines = [
+        f"{summary.merge_method} into {summary.target}",
+        *(f"  from {model}" for model in summary.ability_models),
+        "",
+        table(["tensor kind", "tensors", "transferred", "parameters", "moved"], rows),
+        "",
+        f"{summary.selected:,} of {summary.channels:,} channels ({_percent(summary.selected, summary.channels)})",
+        f"{moved_in_all:,} of {parameters:,} parameters ({_percent(moved_in_all, parameters)})",
+        f"about {summary.bytes_read / 1e9:.2f} GB read, {summary.bytes_written / 1e9:.2f} GB written, "
+        f"{summary.peak_memory / 1e9:.2f} GB of memory besides Python and PyTorch",
+        *(f"note: {remark}" for remark in summary.remarks),
+    ]
+    return "\n".join(lines)
 
 
 def _by_kind(layout: Layout) -> dict[str, list[str]]:

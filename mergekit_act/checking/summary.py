@@ -1,0 +1,271 @@
+"""What a merge would do, told from its config and the headers of its files: no weights are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+
+import click
+import torch
+import yaml
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import MergePlanner, _model_out_config, get_architecture_info
+from mergekit.options import MergeOptions, add_merge_options
+from torch import Tensor
+
+from mergekit_act.channels import kind_pattern
+from mergekit_act.checking.headers import only_headers
+from mergekit_act.checking.plans import CONVERTED, PlanCheck, PlannedTensor
+from mergekit_act.checkpoints import TensorHeader
+from mergekit_act.merging import channels_along, is_ours
+from mergekit_act.merging.methods import METHOD
+
+__all__ = ["CheckSummary", "TensorKind", "check_config", "parse_merge_options"]
+
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """All output tensors of one kind.
+
+    Attributes:
+        kind: their name, indices replaced by ``*``.
+        tensors: how many there are.
+        transferred: of how many something is transferred; the others are copied from the target.
+        has_channels: whether channels own slices of them; what has none is never transferred.
+        parameters: numbers in them.
+        moved: how many of these are transferred.
+    """
+
+    kind: str
+    tensors: int
+    transferred: int
+    has_channels: bool
+    parameters: int
+    moved: int
+
+
+@dataclass(frozen=True)
+class CheckSummary:
+    """What a merge would do.
+
+    Attributes:
+        merge_method: its name.
+        target: the base model.
+        ability_models: in the config's order.
+        kinds: of the output's tensors, in its order.
+        channels: of the output's modules.
+        selected: how many of these are selected, by any ability model.
+        bytes_read: from the files of all models, estimated.
+        bytes_written: of tensors.
+        peak_memory: bytes that the merge allocates at most besides Python and PyTorch, estimated. Files that are
+            mapped into memory do not count.
+        remarks: what is no mistake but worth knowing.
+    """
+
+    merge_method: str
+    target: str
+    ability_models: tuple[str, ...]
+    kinds: tuple[TensorKind, ...]
+    channels: int
+    selected: int
+    bytes_read: int
+    bytes_written: int
+    peak_memory: int
+    remarks: tuple[str, ...]
+
+
+def check_config(path: str | Path, options: MergeOptions) -> CheckSummary:
+    """Plan a merge without running it.
+
+    Args:
+        path: the config, as for ``mergekit-yaml``.
+        options: what mergekit-yaml would be given.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        MergeConfigError: the merge would fail; all problems in one message.
+        ValueError: the file is no merge config with one of our methods.
+    """
+    try:
+        written = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        config = MergeConfiguration.model_validate(written)
+    except yaml.composer.ComposerError as error:
+        raise ValueError(f"{path} holds several configs, as for mergekit-multi; check takes one") from error
+    except (yaml.YAMLError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is no merge config: {' '.join(str(error).split())}") from error
+    if not is_ours(config.merge_method):
+        raise ValueError(f'{path} uses merge_method "{config.merge_method}"; mergekit-act checks act and act_<method>')
+    architecture = get_architecture_info(config, options)
+    LoaderCache().setup(options=options)
+    with only_headers(config.referenced_models(), options) as remarks:
+        out_config = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+        planner = MergePlanner(config, architecture, options=options, out_model_config=out_config)
+        planner.plan_to_disk(out_path="")
+        return _summarize(planner.mergekit_act_check, [*remarks])
+
+
+def parse_merge_options(arguments: Sequence[str]) -> MergeOptions:
+    """mergekit's merge options from a command line.
+
+    Raises:
+        click.UsageError: mergekit-yaml has no such option.
+    """
+
+    @click.command()
+    @add_merge_options  # type: ignore[untyped-decorator]
+    def command(merge_options: MergeOptions) -> MergeOptions:
+        return merge_options
+
+    return command.main(list(arguments), prog_name="mergekit-act check", standalone_mode=False)
+
+
+def _summarize(check: PlanCheck, remarks: list[str]) -> CheckSummary:
+    kinds: dict[str, list[PlannedTensor]] = {}
+    for tensor in check.tensors:
+        kinds.setdefault(kind_pattern(tensor.name), []).append(tensor)
+    counted = tuple(_count(kind, tensors, check) for kind, tensors in kinds.items())
+    channels, selected = _count_channels(check)
+    return CheckSummary(
+        merge_method=check.spec.name,
+        target=", ".join(map(str, check.bases)),
+        ability_models=tuple(map(str, check.models)),
+        kinds=counted,
+        channels=channels,
+        selected=selected,
+        bytes_read=sum(_bytes_read(tensor, check) for tensor in check.tensors),
+        bytes_written=sum(_bytes_written(tensor, check) for tensor in check.tensors),
+        peak_memory=_peak_memory(check),
+        remarks=(*remarks, *check.remarks(), *_untrimmed(check)),
+    )
+
+
+def _count(kind: str, tensors: Sequence[PlannedTensor], check: PlanCheck) -> TensorKind:
+    owned = {name for layout in check.layouts for name in layout.owned_names}
+    owned |= {tied for layout in check.layouts for name in owned for tied in layout.tied_names(name)}
+    return TensorKind(
+        kind,
+        tensors=len(tensors),
+        transferred=sum(bool(tensor.selections) for tensor in tensors),
+        has_channels=any(tensor.sources & owned for tensor in tensors),
+        parameters=sum(math.prod(_shape(tensor)) for tensor in tensors),
+        moved=sum(_cells(tensor) for tensor in tensors),
+    )
+
+
+def _count_channels(check: PlanCheck) -> tuple[int, int]:
+    """Channels of the output's modules, and how many of them are selected."""
+    tensor_of: dict[str, list[PlannedTensor]] = {}
+    for tensor in check.tensors:
+        for name in tensor.sources:
+            tensor_of.setdefault(name, []).append(tensor)
+    channels = selected = 0
+    for layout in check.layouts[:1]:
+        for (name, axis), *_ in layout.parameters.values():
+            for tensor in next((tensor_of[tied] for tied in (name, *layout.tied_names(name)) if tied in tensor_of), ()):
+                shape, chosen = _shape(tensor), _union(tensor).get(axis)
+                channels += math.prod(channels_along(axis, shape, 2 if len(shape) == 3 else 1))
+                selected += 0 if chosen is None else int(chosen.sum())
+    return channels, selected
+
+
+def _union(tensor: PlannedTensor) -> dict[int, Tensor]:
+    """Axis -> what any ability model selects along it."""
+    found: dict[int, Tensor] = {}
+    for selection in tensor.selections.values():
+        for axis, chosen in selection.slices.items():
+            found[axis] = found[axis] | chosen if axis in found else chosen
+    return found
+
+
+def _cells(tensor: PlannedTensor) -> int:
+    """Numbers of a tensor that lie in a selected slice."""
+    outside = 1.0
+    for chosen in _union(tensor).values():
+        outside *= 1 - int(chosen.sum()) / chosen.numel()
+    return round(math.prod(_shape(tensor)) * (1 - outside))
+
+
+def _target(tensor: PlannedTensor) -> TensorHeader:
+    header = next(iter(tensor.headers.values()))
+    if header is None:  # the plan's check has refused it
+        raise ValueError(f'the target has no "{tensor.name}"')
+    return header
+
+
+def _shape(tensor: PlannedTensor) -> tuple[int, ...]:
+    return _target(tensor).shape
+
+
+def _bytes_written(tensor: PlannedTensor, check: PlanCheck) -> int:
+    dtype = dtype_from_name(check.config.out_dtype) or _work_dtype(tensor, check)
+    return math.prod(_shape(tensor)) * dtype.itemsize
+
+
+def _work_dtype(tensor: PlannedTensor, check: PlanCheck) -> torch.dtype:
+    """In which a tensor is computed."""
+    stored = [header.torch_dtype for header in tensor.headers.values() if header is not None]
+    return dtype_from_name(check.config.dtype) or reduce(torch.promote_types, filter(None, stored), torch.bfloat16)
+
+
+def _bytes_read(tensor: PlannedTensor, check: PlanCheck) -> int:
+    """The target's tensor, and of the ability models' what is selected: by rows, in pages; by columns, all of it."""
+    _, *others = tensor.headers.items()
+    total = _target(tensor).size
+    aligned = check.config.tokenizer is not None or check.config.tokenizer_source is not None
+    for model, header in others:
+        if header is not None and model in tensor.selections:
+            selection = tensor.selections[model]
+            rows = selection.slices
+            whole = (
+                set(rows) != {0}
+                or check.spec.name != METHOD
+                or (aligned and selection.vocabulary_axis is not None)
+                or not header.file.endswith(".safetensors")
+            )
+            count = header.size if whole else int(rows[0].sum()) * (header.size // len(rows[0]) + _PAGE)
+            total += min(header.size, count)
+    return total
+
+
+def _peak_memory(check: PlanCheck) -> int:
+    """What is computed stays in memory until its shard is full and written; what is copied stays in its file."""
+    kept = [_bytes_written(tensor, check) for tensor in check.tensors if tensor.selections or _is_cast(tensor, check)]
+    options = check.options
+    shards = 1 + (options.write_threads if options.async_write else 0)
+    held = min(sum(kept), options.out_shard_size * shards) if options.out_shard_size > 0 else sum(kept)
+    # mergekit's own methods stack the models' differences.
+    copies = 1 if check.spec.name == METHOD else 2 + 2 * len(check.models)
+    return held + copies * max(kept, default=0)
+
+
+def _is_cast(tensor: PlannedTensor, check: PlanCheck) -> bool:
+    header = _target(tensor)
+    written = dtype_from_name(check.config.out_dtype) or _work_dtype(tensor, check)
+    return header.file == CONVERTED or header.torch_dtype != written
+
+
+def _untrimmed(check: PlanCheck) -> list[str]:
+    """A trimming density counts over the whole tensor; where it is larger than what is selected nothing is trimmed."""
+    if not any(parameter.name == "density" for parameter in check.spec.parameters):
+        return []
+    found = []
+    for model in check.models:
+        trimming = [tensor for tensor in check.tensors if model in tensor.selections]
+        idle = [t for t in trimming if t.settings[model]["density"] * math.prod(_shape(t)) >= _selected_by(t, model)]
+        if idle:
+            found.append(
+                f"{check.spec.name} trims nothing of {model} in {len(idle)} of {len(trimming)} tensors: its density "
+                "counts over the whole tensor, and less than that is selected there"
+            )
+    return found
+
+
+def _selected_by(tensor: PlannedTensor, model: ModelReference) -> int:
+    return _cells(replace(tensor, selections={model: tensor.selections[model]}))

@@ -1,0 +1,135 @@
+"""What is selected of one tensor, and the transfer of just that (paper eq. 3 to 5)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["TensorSelection", "channels_along", "transfer"]
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, as mergekit's tasks need it
+class TensorSelection:
+    """Which slices of one tensor are selected.
+
+    Attributes:
+        slices: channel axis -> bool ``[channels]``, or ``[experts, channels]`` for a 3-D tensor. A tied matrix has
+            two axes: a cell is selected if its row or its column is.
+        vocabulary_axis: the axis of token ids, along which the tensor may be of another length than the mask.
+    """
+
+    slices: Mapping[int, Tensor]
+    vocabulary_axis: int | None = None
+
+    def fitted(self, name: str | None, shape: Sequence[int]) -> TensorSelection:
+        """The same selection for a tensor of this shape.
+
+        Vocabulary rows that the tensor does not have are dropped, which is told; rows that only the tensor has (tokens
+        that the merge adds behind the target's) are not selected.
+
+        Raises:
+            ValueError: the tensor has other channels than the mask.
+        """
+        slices = dict(self.slices)
+        axis = self.vocabulary_axis
+        if axis in slices and axis < len(shape):
+            chosen, rows = slices[axis], shape[axis]
+            lost = int(chosen[rows:].sum())
+            if lost:
+                LOG.warning('"%s" has %d rows: %d selected rows behind them are dropped', name, rows, lost)
+            slices[axis] = torch.cat([chosen[:rows], chosen.new_zeros(max(0, rows - len(chosen)))])
+        for its_axis, chosen in slices.items():
+            if its_axis >= len(shape) or tuple(chosen.shape) != channels_along(its_axis, shape, chosen.ndim):
+                raise ValueError(
+                    f'the mask has {list(chosen.shape)} channels for "{name}"; the tensor is {list(shape)} (axis '
+                    f"{its_axis}). Profile this pair again with mergekit-act profile"
+                )
+        return TensorSelection(slices)
+
+    def any(self) -> bool:
+        """Whether anything is selected."""
+        return any(bool(chosen.any()) for chosen in self.slices.values())
+
+    def cells(self, dimensions: int) -> Tensor:
+        """Bool that broadcasts to a tensor of so many dimensions: True where its cells are selected."""
+        found: Tensor | None = None
+        for axis, chosen in self.slices.items():
+            leading = (0, axis) if chosen.ndim == 2 else (axis,)
+            shape = [1] * dimensions
+            for its_axis, length in zip(leading, chosen.shape, strict=True):
+                shape[its_axis] = length
+            found = chosen.view(shape) if found is None else found | chosen.view(shape)
+        return torch.zeros([1] * dimensions, dtype=torch.bool) if found is None else found
+
+
+def transfer(
+    base: Tensor, contributions: Sequence[tuple[Tensor, float, TensorSelection]], dtype: torch.dtype | None = None
+) -> Tensor:
+    """Add weighted differences inside selections (paper eq. 5).
+
+    Differences are accumulated in float32 (float64 for float64 tensors) in order and rounded once to the dtype. Only
+    selected slices of the ability models' tensors are touched, so what a memory map does not have to read stays unread.
+
+    Args:
+        base: the target's tensor. It is not changed.
+        contributions: (ability model's tensor, weight, what is selected of it). Tensors may be of another dtype than
+            the result; their slices are cast to it first, as mergekit casts whole tensors.
+        dtype: of the result; the base's by default.
+
+    Returns:
+        ``base`` itself if nothing is selected and it has that dtype. Otherwise a new tensor that is bit for bit
+        ``base`` (cast to the dtype) outside the union.
+    """
+    dtype = base.dtype if dtype is None else dtype
+    selected = [contribution for contribution in contributions if contribution[2].any()]
+    if not selected:
+        return base.to(dtype)
+    merged = base.to(dtype, copy=True)
+    # A cell that is selected along two axes is computed in both passes, with all of its contributions in either.
+    for axis in sorted({axis for _, _, selection in selected for axis in selection.slices}):
+        _transfer_along(axis, base, merged, selected)
+    return merged
+
+
+def _transfer_along(
+    axis: int, base: Tensor, merged: Tensor, contributions: Sequence[tuple[Tensor, float, TensorSelection]]
+) -> None:
+    """Compute all slices along ``axis`` that any contribution selects; writes into ``merged``."""
+    own = [selection.slices.get(axis) for _, _, selection in contributions]
+    union = torch.stack([chosen for chosen in own if chosen is not None]).any(0)
+    if not union.any():
+        return
+    dtype = merged.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    index = tuple(part.to(base.device) for part in union.nonzero(as_tuple=True))
+    target = _leading(base, axis, union)[index].to(dtype).to(wide)  # [selected, …]
+    change = torch.zeros_like(target)
+    for (tensor, weight, selection), chosen in zip(contributions, own, strict=True):
+        other = next((cells for its_axis, cells in selection.slices.items() if its_axis != axis), None)
+        inside = torch.zeros_like(index[0], dtype=torch.bool) if chosen is None else chosen.to(base.device)[index]
+        if other is None:
+            rows = inside.nonzero().flatten()
+            some = tuple(part[rows] for part in index)
+            difference = _leading(tensor, axis, union)[some].to(dtype).to(wide) - target[rows]
+            change[rows] += weight * difference
+        else:
+            difference = _leading(tensor, axis, union)[index].to(dtype).to(wide) - target
+            cells = inside[:, None] | other.to(base.device)[None, :]
+            change += torch.where(cells, weight * difference, 0.0)
+    _leading(merged, axis, union)[index] = (target + change).to(dtype)
+
+
+def _leading(tensor: Tensor, axis: int, chosen: Tensor) -> Tensor:
+    """A view with the channel dimensions in front, as many as the mask has."""
+    return tensor.movedim(axis, chosen.ndim - 1)
+
+
+def channels_along(axis: int, shape: Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """Shape that a mask of so many dimensions has for a tensor: ``[channels]``, or ``[experts, channels]``."""
+    return (shape[axis],) if dimensions == 1 else (shape[0], shape[axis])
