@@ -38,11 +38,19 @@ _FLOATS = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """A stored tensor's dtype (as its file writes it), shape and file, without its values."""
+    """A stored tensor, without its values.
+
+    Attributes:
+        dtype: as its file writes it.
+        shape: its dimensions.
+        file: the file's name.
+        start: where its values begin in a safetensors file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     file: str
+    start: int | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -260,7 +268,10 @@ def _read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
     end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if end != size:
         raise ValueError(f"{size} bytes, its header says {end}")
-    return {name: TensorHeader(entry["dtype"], tuple(entry["shape"]), path.name) for name, entry in entries.items()}
+    return {
+        name: TensorHeader(entry["dtype"], tuple(entry["shape"]), path.name, 8 + length + entry["data_offsets"][0])
+        for name, entry in entries.items()
+    }
 
 
 def _layer(name: str) -> str | None:

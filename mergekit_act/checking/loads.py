@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from mergekit.architecture import WeightInfo
 from mergekit.common import ImmutableMap, ModelReference
-from mergekit.io.tasks import GatherTensors
+from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
+from torch import Tensor
 
-from mergekit_act.checkpoints import TensorHeader
+from mergekit_act.checkpoints import TensorHeader, read_headers
+from mergekit_act.merging.mapped import map_tensor
 from mergekit_act.merging.methods import METHOD
 
 __all__ = ["load_less"]
@@ -49,12 +53,39 @@ def load_less(
     return task.model_copy(
         update={
             "method_name": METHOD,
-            "gather_tensors": _gather(gather, needed, None),
+            "gather_tensors": _GatherMapped(**dict(_gather(gather, needed, None))),
             "model_order": tuple(model for model in task.model_order if model in needed),
             "dtype": dtype,
             "parameters": task.parameters if task.method_name == METHOD else ImmutableMap({}),
         }
     )
+
+
+class _LoadMapped(LoadTensor):  # type: ignore[misc]
+    """Loads as mergekit does, but maps what it can, so that no more is read than is used."""
+
+    def execute(self) -> Tensor | None:
+        loader = LoaderCache().get(self.model)
+        name = self._resolve_name(loader)
+        if name is not None and loader.index.is_safetensors and self.device in (None, "cpu") and self.dtype is None:
+            path = Path(loader.index.base_path) / loader.index.tensor_paths[name]
+            tensor = map_tensor(path, _headers(path, path.stat().st_mtime_ns)[name])
+            if tensor is not None:
+                return tensor
+        loaded: Tensor | None = super().execute()
+        return loaded
+
+
+class _GatherMapped(GatherTensors):  # type: ignore[misc]
+    """Gathers what ``_LoadMapped`` loads."""
+
+    def arguments(self) -> dict[str, Any]:
+        return {key: _LoadMapped(**dict(load)) for key, load in super().arguments().items()}
+
+
+@lru_cache(maxsize=256)
+def _headers(path: Path, _changed: int) -> Mapping[str, TensorHeader]:
+    return read_headers(path)
 
 
 def _gather(gather: GatherTensors, sources: Mapping[ModelReference, WeightInfo], dtype: str | None) -> GatherTensors:

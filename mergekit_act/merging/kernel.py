@@ -9,9 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_act.merging.mapped import copy_on_write, will_need
+
 __all__ = ["TensorSelection", "channels_along", "transfer"]
 
 LOG = logging.getLogger(__name__)
+
+_PAGE = 4096
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, as mergekit's tasks need it
@@ -90,11 +94,26 @@ def transfer(
     selected = [contribution for contribution in contributions if contribution[2].any()]
     if not selected:
         return base.to(dtype)
-    merged = base.to(dtype, copy=True)
+    will_need(base)
+    merged = _writable(base, dtype, selected)
     # A cell that is selected along two axes is computed in both passes, with all of its contributions in either.
     for axis in sorted({axis for _, _, selection in selected for axis in selection.slices}):
         _transfer_along(axis, base, merged, selected)
     return merged
+
+
+def _writable(
+    base: Tensor, dtype: torch.dtype, contributions: Sequence[tuple[Tensor, float, TensorSelection]]
+) -> Tensor:
+    """A copy of the target's tensor that can be written to; where few pages will be, it shares the others."""
+    by_rows = all(set(selection.slices) == {0} and base.ndim == 2 for _, _, selection in contributions)
+    if by_rows and base.dtype == dtype:
+        union = torch.stack([selection.slices[0] for _, _, selection in contributions]).any(0)
+        pages = int(union.sum()) * (base[0].nbytes + _PAGE)  # a row seldom begins where a page does
+        shared = copy_on_write(base) if pages < base.nbytes // 2 else None
+        if shared is not None:
+            return shared
+    return base.to(dtype, copy=True)
 
 
 def _transfer_along(
@@ -116,6 +135,8 @@ def _transfer_along(
         if other is None:
             rows = inside.nonzero().flatten()
             some = tuple(part[rows] for part in index)
+            if axis == 0:
+                will_need(tensor, some[0].tolist())
             difference = _leading(tensor, axis, union)[some].to(dtype).to(wide) - target[rows]
             change[rows] += weight * difference
         else:
