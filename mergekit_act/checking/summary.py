@@ -23,11 +23,10 @@ from mergekit_act.checking.headers import only_headers
 from mergekit_act.checking.plans import CONVERTED, PlanCheck, PlannedTensor
 from mergekit_act.checkpoints import TensorHeader
 from mergekit_act.merging import channels_along, is_ours
+from mergekit_act.merging.mapped import PAGE, private_bytes
 from mergekit_act.merging.methods import METHOD
 
 __all__ = ["CheckSummary", "TensorKind", "check_config", "parse_merge_options"]
-
-_PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -229,20 +228,32 @@ def _bytes_read(tensor: PlannedTensor, check: PlanCheck) -> int:
                 or (aligned and selection.vocabulary_axis is not None)
                 or not header.file.endswith(".safetensors")
             )
-            count = header.size if whole else int(rows[0].sum()) * (header.size // len(rows[0]) + _PAGE)
+            count = header.size if whole else int(rows[0].sum()) * (header.size // len(rows[0]) + PAGE)
             total += min(header.size, count)
     return total
 
 
 def _peak_memory(check: PlanCheck) -> int:
     """What is computed stays in memory until its shard is full and written; what is copied stays in its file."""
-    kept = [_bytes_written(tensor, check) for tensor in check.tensors if tensor.selections or _is_cast(tensor, check)]
+    kept = [_allocated(tensor, check) for tensor in check.tensors]
     options = check.options
     shards = 1 + (options.write_threads if options.async_write else 0)
     held = min(sum(kept), options.out_shard_size * shards) if options.out_shard_size > 0 else sum(kept)
+    largest = max((_bytes_written(tensor, check) for tensor in check.tensors if tensor.selections), default=0)
     # mergekit's own methods stack the models' differences.
-    copies = 1 if check.spec.name == METHOD else 2 + 2 * len(check.models)
-    return held + copies * max(kept, default=0)
+    return held + largest * (1 if check.spec.name == METHOD else 2 + 2 * len(check.models))
+
+
+def _allocated(tensor: PlannedTensor, check: PlanCheck) -> int:
+    """What an output tensor needs besides the target's file."""
+    whole, union = _bytes_written(tensor, check), _union(tensor)
+    if _is_cast(tensor, check):
+        return whole
+    if not union:
+        return 0
+    if check.spec.name != METHOD or set(union) != {0} or len(_shape(tensor)) != 2:
+        return whole
+    return private_bytes(int(union[0].sum()), _shape(tensor), whole // math.prod(_shape(tensor)))
 
 
 def _is_cast(tensor: PlannedTensor, check: PlanCheck) -> bool:

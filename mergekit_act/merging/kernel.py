@@ -9,13 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_act.merging.mapped import copy_on_write, will_need
+from mergekit_act.merging.mapped import copy_on_write, private_bytes, will_need
 
 __all__ = ["TensorSelection", "channels_along", "transfer"]
 
 LOG = logging.getLogger(__name__)
-
-_PAGE = 4096
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, as mergekit's tasks need it
@@ -109,8 +107,8 @@ def _writable(
     by_rows = all(set(selection.slices) == {0} and base.ndim == 2 for _, _, selection in contributions)
     if by_rows and base.dtype == dtype:
         union = torch.stack([selection.slices[0] for _, _, selection in contributions]).any(0)
-        pages = int(union.sum()) * (base[0].nbytes + _PAGE)  # a row seldom begins where a page does
-        shared = copy_on_write(base) if pages < base.nbytes // 2 else None
+        few = private_bytes(int(union.sum()), base.shape, dtype.itemsize) < base.nbytes
+        shared = copy_on_write(base) if few else None
         if shared is not None:
             return shared
     return base.to(dtype, copy=True)
