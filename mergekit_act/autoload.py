@@ -19,6 +19,7 @@ _COMPLETIONS = {
     "mergekit.merge_methods": ("mergekit_act.merging", None),
     "mergekit.merge": ("mergekit_act.checking", "wrap_merge"),
     "mergekit.plan": ("mergekit_act.checking", "wrap_planner"),
+    "mergekit.scripts.multimerge": ("mergekit_act.checking", "wrap_multimerge"),
     "mergekit.scripts.merge_raw_pytorch": ("mergekit_act.checking", "wrap_flat_planner"),
 }
 

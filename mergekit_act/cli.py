@@ -243,6 +243,7 @@ def check(config_file: Path, merge_options: tuple[str, ...], as_json: bool, quie
     from mergekit_act.checking.summary import check_config, parse_merge_options
     from mergekit_act.report import list_check
 
+    logging.getLogger("mergekit_act.checking").setLevel(logging.ERROR)  # what a merge logs is in the summary
     try:
         summary = check_config(config_file, parse_merge_options(merge_options))
     except MergeConfigError as error:

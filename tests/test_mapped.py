@@ -20,7 +20,7 @@ def stored(tmp_path):
     torch.manual_seed(0)
     tensors = {
         "a": torch.randn(3, 7),
-        "b": torch.randn(300, 1500).bfloat16(),
+        "b": torch.randn(300, 3000).bfloat16(),
         "c": torch.randn(5).half(),
         "d": torch.arange(4),
         "e": torch.empty(0, 3),
@@ -58,10 +58,22 @@ def test_a_copy_shares_pages_and_changes_nothing_else(stored):
 def test_requests_to_read_change_nothing(stored):
     path, tensors = stored
     tensor = load(path, "b")
-    will_need(tensor, [0, 17, 299])
+    will_need(load(path, "a"), [2], of=3)
+    will_need(tensor, [0, 17, 299], of=300)
     will_need(tensor)
-    will_need(tensors["b"], [1])
+    will_need(tensors["b"], [1], of=300)
     assert torch.equal(tensor, tensors["b"])
+
+
+def test_rows_of_experts_share_too(tmp_path):
+    save_file({"w": torch.randn(4, 300, 600)}, tmp_path / "t.safetensors")
+    base = load(tmp_path / "t.safetensors", "w")
+    chosen = torch.zeros(4, 300, dtype=torch.bool)
+    chosen[2, 5] = chosen[3, 299] = True
+    result = transfer(base, [(torch.zeros_like(base), 1.0, TensorSelection({1: chosen}))])
+    assert torch.equal(result[~chosen], base[~chosen])
+    assert not result[chosen].any()
+    assert copy_on_write(result) is not None
 
 
 @pytest.mark.parametrize(("rows", "is_shared"), [(3, True), (200, False)])

@@ -95,11 +95,12 @@ class PlanCheck:
             settings[model]["mask"] = selection
             if selection is not None and selection.any() and settings[model].get("weight") != 0:
                 selections[model] = selection
-        self._record(weight, base, sources, selections, settings)
+        headers = {model: self._header(model, source) for model, source in sources.items()}
+        names = frozenset(self._names_of(base, sources[base]))
+        self.tensors.append(PlannedTensor(weight.name, names, {base: headers[base]} | headers, selections, settings))
         parameters = dict(task.input_parameters.items()) | {m: ImmutableMap(s) for m, s in settings.items()}
         task = task.model_copy(update={"input_parameters": ImmutableMap(parameters)})
-        headers = [self._header(model, source) for model, source in sources.items()]
-        return load_less(task, selections, self._ties, headers)
+        return load_less(task, selections, self._ties, list(headers.values()))
 
     def finish(self) -> None:
         """Raise all problems, or tell what is worth telling.
@@ -117,19 +118,6 @@ class PlanCheck:
     def remarks(self) -> list[str]:
         """What is no mistake but worth knowing before the merge."""
         return [*self._other_pairs(), *self._other_forwards()]
-
-    def _record(
-        self,
-        weight: WeightInfo,
-        base: ModelReference,
-        sources: Sources,
-        selections: Mapping[ModelReference, TensorSelection],
-        settings: Mapping[ModelReference, Mapping[str, Any]],
-    ) -> None:
-        headers = {model: self._header(model, source) for model, source in sources.items()}
-        names = frozenset(self._names_of(base, sources[base]))
-        ordered = {base: headers[base]} | headers
-        self.tensors.append(PlannedTensor(weight.name, names, ordered, selections, settings))
 
     def _check_models(self) -> None:
         if not self.models:
@@ -196,7 +184,7 @@ class PlanCheck:
                 f'"{weight.name}" is made of "{sources[base].name}" of {base} and "{sources[model].name}" of {model}; '
                 "channels can only be moved between the same layers"
             )
-        if self._header(model, sources[model]) is None:
+        if weight.optional and self._header(model, sources[model]) is None:
             self.missing.setdefault(model, []).append(f'"{sources[model].name}"')
         header = self._header(base, sources[base])
         for axis, chosen in selection.slices.items():
@@ -350,9 +338,6 @@ class FlatPlanCheck(PlanCheck):
     def remarks(self) -> list[str]:
         """Nothing: a weight file has neither a config nor a fingerprint that a profile would know."""
         return []
-
-    def _record(self, *_args: Any) -> None:
-        """No one asks."""
 
     def _missing_sentence(self, model: ModelReference, names: str) -> str:
         return f"{model} has no tensor {names}, which another model has; say --tensor-intersection to leave it out"

@@ -22,7 +22,7 @@ from mergekit_act.checking.plans import FlatPlanCheck, PlanCheck
 from mergekit_act.checking.slices import follow_layers
 from mergekit_act.merging import is_ours, refuse_to_run
 
-__all__ = ["wrap_flat_planner", "wrap_merge", "wrap_planner"]
+__all__ = ["wrap_flat_planner", "wrap_merge", "wrap_multimerge", "wrap_planner"]
 
 _MARK = "completed_by_mergekit_act"
 
@@ -43,6 +43,28 @@ def wrap_merge() -> None:
         return checked_architecture
 
     _wrap("mergekit.merge", None, "get_architecture_info", wrap)
+
+
+def wrap_multimerge() -> None:
+    """Complete ``mergekit.scripts.multimerge``: no merge begins while a later one is known to fail."""
+
+    def wrap(load_config: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(load_config)
+        def checked_config(*args: Any, **kwargs: Any) -> Any:
+            configs, dependencies = load_config(*args, **kwargs)
+            problems = [
+                f"{name or 'the unnamed merge'}: {problem}"
+                for name, config in configs.items()
+                if is_ours(config.merge_method)
+                for problem in config_problems(config.model_dump(mode="json"), get(config.merge_method).spec)
+            ]
+            if problems:
+                raise MergeConfigError(problems)
+            return configs, dependencies
+
+        return checked_config
+
+    _wrap("mergekit.scripts.multimerge", None, "load_config", wrap)
 
 
 def wrap_planner() -> None:

@@ -22,7 +22,7 @@ from mergekit_act.channels import kind_pattern
 from mergekit_act.checking.headers import only_headers
 from mergekit_act.checking.plans import CONVERTED, PlanCheck, PlannedTensor
 from mergekit_act.checkpoints import TensorHeader
-from mergekit_act.merging import channels_along, is_ours
+from mergekit_act.merging import TensorSelection, channels_along, is_ours
 from mergekit_act.merging.mapped import PAGE, private_bytes
 from mergekit_act.merging.methods import METHOD
 
@@ -221,15 +221,15 @@ def _bytes_read(tensor: PlannedTensor, check: PlanCheck) -> int:
     for model, header in others:
         if header is not None and model in tensor.selections:
             selection = tensor.selections[model]
-            rows = selection.slices
             whole = (
-                set(rows) != {0}
+                not selection.by_rows
                 or check.spec.name != METHOD
                 or (aligned and selection.vocabulary_axis is not None)
                 or not header.file.endswith(".safetensors")
             )
-            count = header.size if whole else int(rows[0].sum()) * (header.size // len(rows[0]) + PAGE)
-            total += min(header.size, count)
+            chosen = next(iter(selection.slices.values()))
+            pages = int(chosen.sum()) * (header.size // chosen.numel() + PAGE)
+            total += header.size if whole else min(header.size, pages)
     return total
 
 
@@ -251,9 +251,10 @@ def _allocated(tensor: PlannedTensor, check: PlanCheck) -> int:
         return whole
     if not union:
         return 0
-    if check.spec.name != METHOD or set(union) != {0} or len(_shape(tensor)) != 2:
+    if check.spec.name != METHOD or not TensorSelection(union).by_rows:
         return whole
-    return private_bytes(int(union[0].sum()), _shape(tensor), whole // math.prod(_shape(tensor)))
+    (chosen,) = union.values()
+    return private_bytes(int(chosen.sum()), chosen.numel(), whole)
 
 
 def _is_cast(tensor: PlannedTensor, check: PlanCheck) -> bool:

@@ -54,6 +54,11 @@ class TensorSelection:
                 )
         return TensorSelection(slices)
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether every selected slice is one piece of memory: rows, of experts too."""
+        return all(axis == chosen.ndim - 1 for axis, chosen in self.slices.items())
+
     def any(self) -> bool:
         """Whether anything is selected."""
         return any(bool(chosen.any()) for chosen in self.slices.values())
@@ -104,10 +109,9 @@ def _writable(
     base: Tensor, dtype: torch.dtype, contributions: Sequence[tuple[Tensor, float, TensorSelection]]
 ) -> Tensor:
     """A copy of the target's tensor that can be written to; where few pages will be, it shares the others."""
-    by_rows = all(set(selection.slices) == {0} and base.ndim == 2 for _, _, selection in contributions)
-    if by_rows and base.dtype == dtype:
-        union = torch.stack([selection.slices[0] for _, _, selection in contributions]).any(0)
-        few = private_bytes(int(union.sum()), base.shape, dtype.itemsize) < base.nbytes
+    if base.dtype == dtype and all(selection.by_rows for _, _, selection in contributions):
+        union = torch.stack([chosen for _, _, s in contributions for chosen in s.slices.values()]).any(0)
+        few = private_bytes(int(union.sum()), union.numel(), base.nbytes) < base.nbytes
         shared = copy_on_write(base) if few else None
         if shared is not None:
             return shared
@@ -133,8 +137,8 @@ def _transfer_along(
         if other is None:
             rows = inside.nonzero().flatten()
             some = tuple(part[rows] for part in index)
-            if axis == 0:
-                will_need(tensor, some[0].tolist())
+            if selection.by_rows and chosen is not None:
+                will_need(tensor, chosen.flatten().nonzero().flatten().tolist(), chosen.numel())
             difference = _leading(tensor, axis, union)[some].to(dtype).to(wide) - target[rows]
             change[rows] += weight * difference
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,30 +59,32 @@ def copy_on_write(tensor: Tensor) -> Tensor | None:
     return None if mapping is None else map_tensor(mapping.path, mapping.header)
 
 
-def private_bytes(rows: int, shape: Sequence[int], itemsize: int) -> int:
-    """Memory that a copy with so many changed rows needs: their pages if it shares the others, else all of it."""
-    row = math.prod(shape[1:]) * itemsize
-    pages = rows * (row + PAGE)  # a row seldom begins where a page does
-    whole = shape[0] * row
-    return pages if pages < whole // 2 else whole
+def private_bytes(rows: int, of: int, nbytes: int) -> int:
+    """Memory that a copy of so many bytes needs if some of its rows are changed.
+
+    That is the changed rows' pages if the copy shares the others with a file, which pays for less than half, else all.
+    """
+    pages = rows * (nbytes // of + PAGE)  # a row seldom begins where a page does
+    return pages if pages < nbytes // 2 else nbytes
 
 
-def will_need(tensor: Tensor, rows: Sequence[int] | None = None) -> None:
+def will_need(tensor: Tensor, rows: Sequence[int] | None = None, of: int = 1) -> None:
     """Let the system read some rows of a mapped tensor, and only those, or all of it, while other work goes on.
 
     Args:
         tensor: any tensor; nothing is done for one that is not mapped.
-        rows: indices along its first dimension, ascending; None for the whole tensor.
+        rows: which of its rows, ascending; None for the whole tensor.
+        of: how many rows of equal size it consists of.
     """
     mapping = _mapping(tensor)
     if mapping is None or not hasattr(mmap, "MADV_WILLNEED"):
         return
     pages, length = mapping.pages, mapping.header.size
-    if rows is None:
+    if rows is None or length <= _CHUNK:
         ranges = [(start, min(_CHUNK, length - start)) for start in range(0, length, _CHUNK)]
     else:
         pages.madvise(mmap.MADV_RANDOM)
-        size = length // len(tensor)
+        size = length // of
         ranges = [(row * size, size) for row in rows]
     for start, size in ranges:
         first = (mapping.offset + start) // PAGE * PAGE
