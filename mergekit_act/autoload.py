@@ -29,7 +29,9 @@ def install() -> None:
     if not any(type(finder) is _Finder for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for name in _COMPLETIONS:
-        if name in sys.modules:
+        module = sys.modules.get(name)
+        # One that is still being imported, as when it is what brings us here, is completed by the finder.
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
             _complete(name)
 
 

@@ -222,11 +222,10 @@ def mask(
 
 
 @main.command(context_settings={"ignore_unknown_options": True}, options_metavar="[OPTIONS] [OPTIONS OF mergekit-yaml]")
-@click.argument("config_file", metavar="CONFIG.yml", type=click.Path(path_type=Path))
-@click.argument("merge_options", nargs=-1, type=click.UNPROCESSED, metavar="")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.argument("arguments", metavar="CONFIG.yml", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, problems too.")
 @_common
-def check(config_file: Path, merge_options: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+def check(arguments: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     """Tell what a merge would do.
 
     Reads the config and the headers of the files it names, no weights: what is transferred, copied and has no
@@ -240,17 +239,23 @@ def check(config_file: Path, merge_options: tuple[str, ...], as_json: bool, quie
 
     autoload.install()
     from mergekit_act.checking.configs import MergeConfigError
-    from mergekit_act.checking.summary import check_config, parse_merge_options
+    from mergekit_act.checking.summary import check_config, parse_check_arguments
     from mergekit_act.report import list_check
 
-    logging.getLogger("mergekit_act.checking").setLevel(logging.ERROR)  # what a merge logs is in the summary
+    path, options = parse_check_arguments(arguments)
+    log = logging.getLogger("mergekit_act.checking")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what a merge logs is in the summary
     try:
-        summary = check_config(config_file, parse_merge_options(merge_options))
-    except MergeConfigError as error:
-        if as_json:
-            click.echo(json.dumps({"problems": error.problems}, indent=2))
-            raise SystemExit(1) from error
-        raise
+        summary = check_config(path, options)
+    except (ValueError, OSError) as error:
+        if not as_json:
+            raise
+        problems = error.problems if isinstance(error, MergeConfigError) else [str(error)]
+        click.echo(json.dumps({"problems": problems}, indent=2))
+        raise SystemExit(1) from error
+    finally:
+        log.setLevel(level)
     click.echo(json.dumps(dataclasses.asdict(summary) | {"problems": []}, indent=2) if as_json else list_check(summary))
 
 

@@ -38,7 +38,7 @@ def test_the_switch_turns_the_hook_off():
 
 def test_importing_our_side_first_registers_too():
     code = "import mergekit_act.merging, mergekit.merge_methods as m; print(m.get('act').spec.pretty_name)"
-    done = run(sys.executable, "-W", "error", "-c", code)
+    done = run(sys.executable, "-W", "error::RuntimeWarning", "-c", code)
     assert done.stdout == "ACT\n", done.stderr
 
 
@@ -128,6 +128,17 @@ def test_mergekit_multi_knows_act(merge_inputs, tmp_path):
     done = run(str(SCRIPTS / "mergekit-multi"), *command)
     assert done.returncode == 0, done.stderr
     check(tmp_path / "steps" / "step", merge_inputs)
+    check(tmp_path / "out", merge_inputs)
+
+
+def test_mergekit_pytorch_knows_act(merge_inputs, tmp_path):
+    _, target, ability = merge_inputs
+    config = yaml.safe_load((merge_inputs[0] / "config.yml").read_text())
+    config["base_model"] = str(target / "model.safetensors")
+    config["models"][0]["model"] = str(ability / "model.safetensors")
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    done = run(str(SCRIPTS / "mergekit-pytorch"), str(tmp_path / "c.yml"), str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
     check(tmp_path / "out", merge_inputs)
 
 

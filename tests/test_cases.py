@@ -14,6 +14,7 @@ import transformers
 import yaml
 from click.testing import CliRunner
 from conftest import VOCABULARY, make_model, make_tokenizer, tiny_config
+from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from mergekit.scripts.multimerge import main as mergekit_multi
 from oracle import plain_merge
 from safetensors.torch import save_file
@@ -35,6 +36,41 @@ def copy_with(folder: Path, to: Path, **changes: torch.Tensor | None) -> Path:
 
 
 # Tied heads
+
+
+def test_methods_that_draw_random_numbers_keep_a_head_tied(pair_of, tmp_path):
+    folders = [
+        copy_with(folder, tmp_path / folder.name, lm_head__weight=state_of(folder)[EMBEDDING].clone())
+        for folder in pair_of("qwen2-tied")
+    ]
+    random_mask(*folders, tmp_path / "m.safetensors", density=0.5)
+    parameters = {"weight": 0.5, "density": 0.5, "mask": str(tmp_path / "m.safetensors")}
+    result = merged(act_config(folders[0], (folders[1], parameters), merge_method="act_dare_linear"), tmp_path / "out")
+    assert not torch.equal(result[EMBEDDING], state_of(folders[0])[EMBEDDING])
+    assert torch.equal(result[HEAD], result[EMBEDDING])
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_mergekit_pytorch_keeps_a_head_tied(pair_of, tmp_path, both):
+    """Pickles of a whole state hold a tied matrix under both names."""
+    files, states = [], []
+    for folder in pair_of("qwen2-tied"):
+        state = state_of(folder)
+        if both:
+            state[HEAD] = state[EMBEDDING].clone()
+        files.append(str(tmp_path / f"{folder.name}.safetensors"))
+        save_file(state, files[-1])
+        states.append({**state, HEAD: state[EMBEDDING]})
+    mask = random_mask(*pair_of("qwen2-tied"), tmp_path / "m.safetensors")
+    models = [{"model": files[1], "parameters": {"weight": 0.5, "mask": str(tmp_path / "m.safetensors")}}]
+    (tmp_path / "c.yml").write_text(yaml.safe_dump({"merge_method": "act", "base_model": files[0], "models": models}))
+    run = CliRunner().invoke(mergekit_pytorch, [str(tmp_path / "c.yml"), str(tmp_path / "out")])
+    assert run.exit_code == 0, (run.output, run.exception)
+    expected = plain_merge(states[0], [(states[1], 0.5, mask)], tied=True)
+    result = state_of(tmp_path / "out")
+    assert (HEAD in result) == both
+    for name, tensor in result.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=3e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("stored", ["neither", "target", "ability", "both"])
@@ -104,10 +140,19 @@ def test_columns_of_the_embedding_follow_any_tokenizer(pair_of, tmp_path):
     assert torch.equal(result[HEAD][:rows], state_of(target)[HEAD][:rows])
 
 
+def test_rows_cannot_follow_the_ability_models_tokenizer(pair_of, tmp_path):
+    target, ability = pair_of("qwen2")
+    random_mask(target, ability, tmp_path / "m.safetensors", density=0.5)
+    parameters = {"weight": 1.0, "mask": str(tmp_path / "m.safetensors")}
+    config = act_config(target, (ability, parameters), tokenizer={"source": str(ability)})
+    message = refusal(config, tmp_path / "out")
+    assert f'rows of "lm_head.weight" are selected and the tokenizer\'s source is "{ability}"' in message
+
+
 # Slices and modules
 
 
-def test_slices_of_the_target_alone_and_layers_twice(pair_of, tmp_path):
+def test_slices_of_the_target_alone_and_layers_twice(pair_of, tmp_path, caplog):
     """A stack of layers: the first copied from the target, then both, merged."""
     target, ability = pair_of("qwen2")
     mask = random_mask(target, ability, tmp_path / "m.safetensors")
@@ -135,6 +180,12 @@ def test_slices_of_the_target_alone_and_layers_twice(pair_of, tmp_path):
     assert torch.equal(result[first], state_of(target)[first])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 3
 
+    slices.reverse()
+    assert merged(config, tmp_path / "reversed")
+    told = [record.message for record in caplog.records if "nothing of 2 modules will be moved" in record.message]
+    assert len(told) == 1  # norm and head belong to the last slice
+    slices.reverse()
+
     slices[1]["sources"] = slices[1]["sources"][1:]
     assert f"slices[1] lacks the base_model {target} among its sources" in refusal(config, tmp_path / "refused")
 
@@ -156,7 +207,7 @@ def test_a_layer_that_is_left_out_needs_a_mask_without_it(pair_of, tmp_path):
     assert merged(config, tmp_path / "out")
 
 
-def vision_language_config() -> transformers.Qwen2_5_VLConfig:
+def vision_language_config(*, tied: bool = False) -> transformers.Qwen2_5_VLConfig:
     text = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -169,7 +220,6 @@ def vision_language_config() -> transformers.Qwen2_5_VLConfig:
         "bos_token_id": None,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        "tie_word_embeddings": False,
     }
     vision = {
         "depth": 2,
@@ -183,12 +233,12 @@ def vision_language_config() -> transformers.Qwen2_5_VLConfig:
         "fullatt_block_indexes": [1],
     }
     ids = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
-    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
 
 
-def make_vision_language_model(folder: Path, *, seed: int) -> Path:
+def make_vision_language_model(folder: Path, *, seed: int, tied: bool = False) -> Path:
     torch.manual_seed(seed)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(vision_language_config())
+    model = transformers.Qwen2_5_VLForConditionalGeneration(vision_language_config(tied=tied))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -235,6 +285,18 @@ def test_a_vision_language_model_is_profiled_by_text_and_the_rest_copied(
     transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out")
 
 
+def test_a_tied_vision_language_model(tmp_path):
+    """Its outer config says that the head is the embedding, its text config nothing."""
+    target, ability = (make_vision_language_model(tmp_path / name, seed=i, tied=True) for i, name in enumerate("ta"))
+    mask = random_mask(target, ability, tmp_path / "m.safetensors", density=0.3, exclude=["model.visual.*"])
+    config = act_config(target, (ability, {"weight": 1.0, "mask": str(tmp_path / "m.safetensors")}))
+    result, before = merged(config, tmp_path / "out"), state_of(target)
+    assert HEAD not in result
+    rows, columns = mask.channels["lm_head"], mask.channels["model.language_model.embed_tokens"]
+    moved = rows[:, None] | columns
+    assert torch.equal(result[EMBEDDING] != before[EMBEDDING], moved)
+
+
 # Several documents, flags, dtypes, references
 
 
@@ -258,13 +320,14 @@ def test_mergekit_multi_does_not_begin_if_a_later_merge_will_fail(pair_of, tmp_p
     target, ability = pair_of("qwen2")
     random_mask(target, ability, tmp_path / "m.safetensors")
     first = act_config(target, (ability, {"weight": 0.5, "mask": str(tmp_path / "m.safetensors")})) | {"name": "first"}
-    second = act_config(target, (ability, {"wieght": 0.5, "mask": "none.safetensors"})) | {"base_model": "first"}
+    second = act_config(target, (Path("/gone"), {"wieght": 0.5, "mask": "none.safetensors"})) | {"base_model": "first"}
     (tmp_path / "c.yml").write_text(yaml.safe_dump_all([first, second]))
     arguments = [str(tmp_path / "c.yml"), "--out-path", str(tmp_path / "out"), "-I", str(tmp_path / "steps"), "--quiet"]
     run = CliRunner().invoke(mergekit_multi, arguments)
     assert run.exit_code == 1
     assert 'the unnamed merge: merge method act has no parameter "wieght"' in run.output
     assert 'the unnamed merge: mask "none.safetensors" does not exist' in run.output
+    assert "the unnamed merge: /gone does not exist" in run.output
     assert not list((tmp_path / "steps").iterdir())
 
 
@@ -273,7 +336,6 @@ def test_mergekit_multi_does_not_begin_if_a_later_merge_will_fail(pair_of, tmp_p
     [
         ["--low-cpu-memory"],
         ["--read-to-gpu"],
-        ["--lazy-unpickle"],
         ["--async-write", "--write-threads", "2"],
         ["--out-shard-size", "20K"],
         ["--clone-tensors"],
@@ -286,6 +348,42 @@ def test_mergekits_flags_change_nothing(pair_of, tmp_path, flags):
     config = act_config(target, (ability, {"weight": 0.5, "mask": str(tmp_path / "m.safetensors")}))
     result = merged(config, tmp_path / "out", *flags)
     assert_merged(result, state_of(target), [(state_of(ability), 0.5, mask)], tied=False)
+
+
+def test_pickles_are_read_lazily(pair_of, tmp_path):
+    folders = []
+    for folder in pair_of("qwen2"):
+        folders.append(tmp_path / folder.name)
+        shutil.copytree(folder, folders[-1], ignore=shutil.ignore_patterns("*.safetensors"))
+        torch.save(state_of(folder), folders[-1] / "pytorch_model.bin")
+    mask = random_mask(*folders, tmp_path / "m.safetensors")
+    config = act_config(folders[0], (folders[1], {"weight": 0.5, "mask": str(tmp_path / "m.safetensors")}))
+    before, other = (state_of(folder) for folder in pair_of("qwen2"))
+    result = merged(config, tmp_path / "out", "--lazy-unpickle")
+    assert_merged(result, before, [(other, 0.5, mask)], tied=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [["--cuda"], ["--cuda", "--read-to-gpu"], ["--cuda", "--low-cpu-memory"]], ids=str)
+def test_on_a_gpu(pair_of, tmp_path, flags):
+    target, ability = pair_of("qwen2-tied")
+    mask = random_mask(target, ability, tmp_path / "m.safetensors")
+    parameters = {"weight": 0.5, "mask": str(tmp_path / "m.safetensors")}
+    result = merged(act_config(target, (ability, parameters)), tmp_path / "out", *flags)
+    assert_merged(result, state_of(target), [(state_of(ability), 0.5, mask)], tied=True)
+    assert merged(act_config(target, (ability, parameters), merge_method="act_ties"), tmp_path / "ties", *flags)
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-write"], ["--clone-tensors"], ["--out-shard-size", "1M"]], ids=str)
+def test_tensors_of_many_pages(tmp_path, flags):
+    """Large enough that outputs share pages with the target's file and single rows are read."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    folders = [make_model(tiny_config("qwen2", **sizes), tmp_path / name, seed=i) for i, name in enumerate("ta")]
+    mask = random_mask(*folders, tmp_path / "m.safetensors", density=0.02)
+    config = act_config(folders[0], (folders[1], {"weight": 0.5, "mask": str(tmp_path / "m.safetensors")}))
+    before, other = (state_of(folder) for folder in folders)
+    assert_merged(merged(config, tmp_path / "out", *flags), before, [(other, 0.5, mask)], tied=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(folders[0]).items())
 
 
 def test_several_gpus(pair_of, tmp_path, monkeypatch):

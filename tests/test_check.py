@@ -148,6 +148,33 @@ def test_a_density_that_trims_nothing_is_told(pair_of, tmp_path):
     assert not summary(act_config(target, (ability, parameters), merge_method="act_ties"), tmp_path)["remarks"]
 
 
+def test_outliers_that_are_all_that_is_selected_are_told(pair_of, tmp_path):
+    target, ability = pair_of("qwen2")
+    random_mask(target, ability, tmp_path / "m.safetensors", density=0.1)
+    parameters = {"weight": 0.5, "density": 0.9, "gamma": 0.6, "mask": str(tmp_path / "m.safetensors")}
+    (told,) = summary(act_config(target, (ability, parameters), merge_method="act_breadcrumbs"), tmp_path)["remarks"]
+    assert told.startswith(f"act_breadcrumbs moves nothing of {ability} in ")
+
+
+def test_half_precision_without_a_dtype(pair_of, tmp_path):
+    folders = []
+    for folder in pair_of("qwen2"):
+        half = {name.replace(".", "__"): tensor.half() for name, tensor in state_of(folder).items()}
+        folders.append(copy_with(folder, tmp_path / folder.name, **half))
+    random_mask(*folders, tmp_path / "m.safetensors")
+    config = act_config(folders[0], (folders[1], {"weight": 0.5, "mask": str(tmp_path / "m.safetensors")}))
+    assert summary(config, tmp_path)["bytes_written"] == sum(
+        t.nbytes for t in merged(config, tmp_path / "out").values()
+    )
+
+
+def test_every_error_is_json_if_asked_for(tmp_path):
+    result = CliRunner().invoke(main, ["check", "--json", str(tmp_path / "none.yml")])
+    assert result.exit_code == 1
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert "none.yml" in problem
+
+
 def test_mergekits_options_count(pair_of, tmp_path):
     """A smaller shard needs less memory; a LoRA is not merged for a check."""
     target, ability = pair_of("qwen2")
@@ -158,7 +185,10 @@ def test_mergekits_options_count(pair_of, tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     config["models"][0]["model"] = f"{ability}+{tmp_path / 'lora'}"
-    found = summary(config, tmp_path, "--lora-merge-cache", str(tmp_path / "cache"))
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    options = ["--lora-merge-cache", str(tmp_path / "cache")]
+    result = CliRunner().invoke(main, ["check", "--json", *options, str(tmp_path / "c.yml")])
+    found = json.loads(result.stdout)
     assert found["remarks"] == [f"{ability}+{tmp_path / 'lora'} is merged with its LoRA first"]
     assert not (tmp_path / "cache").exists()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,16 @@ def stored(tmp_path):
     }
     save_file(tensors, tmp_path / "t.safetensors")
     return tmp_path / "t.safetensors", tensors
+
+
+def is_mapped(tensor, path) -> bool:
+    """Whether a tensor's memory is a file's."""
+    address = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(number, 16) for number in line.split()[0].split("-"))
+        if first <= address < last:
+            return line.endswith(str(path))
+    return False
 
 
 def load(path, name):
@@ -73,7 +85,7 @@ def test_rows_of_experts_share_too(tmp_path):
     result = transfer(base, [(torch.zeros_like(base), 1.0, TensorSelection({1: chosen}))])
     assert torch.equal(result[~chosen], base[~chosen])
     assert not result[chosen].any()
-    assert copy_on_write(result) is not None
+    assert is_mapped(result, tmp_path / "t.safetensors")
 
 
 @pytest.mark.parametrize(("rows", "is_shared"), [(3, True), (200, False)])
@@ -86,7 +98,28 @@ def test_few_rows_share_the_rest_with_the_file(stored, rows, is_shared):
     assert torch.equal(result[~chosen], tensors["b"][~chosen])
     assert not result[chosen].any()
     assert torch.equal(base, tensors["b"])
-    assert (copy_on_write(result) is not None) == is_shared
+    assert is_mapped(result, path) == is_shared
+    again = transfer(result, [(torch.ones_like(base), 1.0, TensorSelection({0: chosen.roll(1)}))])
+    assert not again[chosen & ~chosen.roll(1)].any()  # the first transfer's
+    assert (again[chosen.roll(1)] == 1).all()
+
+
+def test_mapped_tensors_hold_no_descriptors_and_leave_no_memory(stored):
+    path, _ = stored
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    tensors = [load(path, "b") for _ in range(50)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert all(is_mapped(tensor, path) for tensor in tensors)
+    del tensors
+    gc.collect()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_tensor_that_was_changed_is_not_taken_for_its_files(stored):
+    path, _ = stored
+    tensor = load(path, "b")
+    tensor[0] = 1.0
+    assert copy_on_write(tensor) is None
 
 
 def test_merges_leave_their_models_alone(pair_of, tmp_path):

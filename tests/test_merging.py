@@ -471,7 +471,9 @@ def test_models_that_are_not_there_or_not_whole(good, tmp_path):
 def test_values_that_mergekit_would_trip_over(good, tmp_path):
     target, ability, parameters = good
     out = tmp_path / "out"
-    assert 'dtype "float33" is not known' in refusal(act_config(target, (ability, parameters), dtype="float33"), out)
+    assert 'dtype "float33" is not one that models can be merged in; expected bfloat16' in refusal(
+        act_config(target, (ability, parameters), dtype="float33"), out
+    )
     message = refusal(act_config(target, (ability, {**parameters, "weight": "half"})), out)
     assert message.count("\n") == 1
     assert "a parameter has a wrong value" in message

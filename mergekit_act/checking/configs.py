@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import ModelReference
 
 from mergekit_act.checkpoints import Checkpoint, read_config, read_headers
 from mergekit_act.merging import find_mask_files, load_mask_files
@@ -18,6 +18,8 @@ from mergekit_act.merging import find_mask_files, load_mask_files
 __all__ = ["MergeConfigError", "config_problems", "file_problems", "model_problems", "setting_problems"]
 
 LOG = logging.getLogger(__name__)
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 class MergeConfigError(click.ClickException, ValueError):
@@ -36,20 +38,20 @@ def config_problems(config: Any, spec: Any) -> list[str]:
     """What is wrong with a config (as plain data) for a method of this spec, as far as it tells by itself."""
     problems = _unknown_parameters(config, spec) + _settings_of_the_target(config) + _missing_files(config)
     for key in ("dtype", "out_dtype"):
-        try:
-            dtype_from_name(config.get(key))
-        except RuntimeError:
-            problems.append(f'{key} "{config[key]}" is not known; expected bfloat16, float16 or float32')
-    if config.get("base_model") is None and config.get("models"):
+        if (config.get(key) or "float32").removeprefix("torch.") not in _DTYPES:
+            problems.append(
+                f'{key} "{config[key]}" is not one that models can be merged in; expected {", ".join(_DTYPES)}'
+            )
+    if config.get("base_model") is None:
         problems.append(f"{spec.name} needs base_model, the target; the config names none")
     return problems + _slices_without_the_target(config)
 
 
-def model_problems(config: Any, options: Any) -> list[str]:
-    """Models of a config that are not there, are not whole, or differ in architecture."""
+def model_problems(models: Iterable[ModelReference], options: Any) -> list[str]:
+    """Models that are not there, are not whole, or differ in architecture."""
     problems = []
     architectures = {}
-    for model in sorted(config.referenced_models(), key=str):
+    for model in sorted(models, key=str):
         try:
             names = read_config(str(model), trust_remote_code=options.trust_remote_code).architectures
         except (OSError, ValueError) as error:
@@ -164,10 +166,10 @@ def _slices_without_the_target(config: Mapping[str, Any]) -> list[str]:
     problems = []
     for where, slices in listed.items():
         for place, part in enumerate(slices or ()):
-            base = part.get("base_model") or config.get("base_model")
-            if base is None:
-                problems.append(f"{where}[{place}] has no base_model, the target; name it there or at the top")
-            elif base not in [source["model"] for source in part["sources"]]:
+            base = config.get("base_model")
+            if part.get("base_model") not in (None, base):
+                problems.append(f"{where}[{place}] has another base_model than the config; ACT merges into one target")
+            elif base is not None and base not in [source["model"] for source in part["sources"]]:
                 problems.append(
                     f"{where}[{place}] lacks the base_model {base} among its sources; add it with its layer_range"
                 )

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 from huggingface_hub.errors import NotASafetensorsRepoError as NoSafetensorsError
+from mergekit.architecture import auto
 from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
@@ -52,16 +53,19 @@ def only_headers(models: Iterable[ModelReference], options: Any) -> Iterator[lis
         FileNotFoundError: a model on the Hub has no safetensors files, or the Hub is out of reach.
     """
     stood_in = []
-    remarks = []
+    remarks: list[str] = []
+    names_of = auto.get_model_tensor_names  # for architectures that mergekit infers, it fetches the model
     try:
         for model in sorted(models, key=str):
             checkpoint, remark = _without_weights(model, options)
             if checkpoint is not None:
                 LoaderCache.loaders[model] = HeaderLoader(checkpoint)
                 stood_in.append(model)
-                remarks.append(remark)
+                remarks += [remark] if remark else []
+        auto.get_model_tensor_names = lambda model, _options: list(LoaderCache().get(model).index.tensor_paths)
         yield remarks
     finally:
+        auto.get_model_tensor_names = names_of
         for model in stood_in:
             LoaderCache.loaders.pop(model, None)
 
@@ -80,6 +84,8 @@ def _without_weights(model: ModelReference, options: Any) -> tuple[Checkpoint | 
         if not (Path(options.lora_merge_cache or "") / merged / "config.json").is_file():
             headers = Checkpoint(unmerged, folder, config).headers
             return _Headers(model, folder, config, headers), f"{model} is merged with its LoRA first"
+    if not Path(model.model.path).exists():
+        return Checkpoint(model, folder, config), ""  # in the client's cache; mergekit would ask for newer files
     return None, ""
 
 

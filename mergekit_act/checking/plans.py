@@ -18,7 +18,7 @@ from mergekit.merge_methods.registry import get
 from mergekit_act.channels import Layout
 from mergekit_act.checking.configs import MergeConfigError, setting_problems
 from mergekit_act.checking.headers import HeaderLoader
-from mergekit_act.checking.loads import load_less
+from mergekit_act.checking.loads import CONVERTED, CopyOf, load_less
 from mergekit_act.checking.models import forward_differences
 from mergekit_act.checkpoints import Checkpoint, TensorHeader, parameter_name, read_headers
 from mergekit_act.merging import MaskFiles, TensorSelection, channels_along, load_mask_files
@@ -28,7 +28,6 @@ __all__ = ["FlatPlanCheck", "PlanCheck", "PlannedTensor"]
 LOG = logging.getLogger(__name__)
 
 Sources = Mapping[ModelReference, WeightInfo]
-CONVERTED = "several tensors"
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class PlannedTensor:
         headers: of each model's tensor, the target's first; None where a model lacks an optional one.
         selections: ability model -> what is selected of it, where anything is.
         settings: ability model -> the method's parameters for this tensor.
+        by_tokens: whether one of its axes is token ids.
     """
 
     name: str
@@ -48,6 +48,7 @@ class PlannedTensor:
     headers: Mapping[ModelReference, TensorHeader | None]
     selections: Mapping[ModelReference, TensorSelection]
     settings: Mapping[ModelReference, Mapping[str, Any]]
+    by_tokens: bool = False
 
 
 @dataclass
@@ -60,7 +61,8 @@ class PlanCheck:
     tensors: list[PlannedTensor] = field(default_factory=list)
     missing: dict[ModelReference, list[str]] = field(default_factory=dict)
     masks: dict[tuple[ModelReference, str, float | None], MaskFiles | None] = field(default_factory=dict)
-    parameters: set[str] = field(default_factory=set)
+    parameters: dict[ModelReference, set[str]] = field(default_factory=dict)
+    resolved: dict[str, Any] = field(default_factory=dict)
     bases: dict[ModelReference, None] = field(default_factory=dict)
     models: dict[ModelReference, None] = field(default_factory=dict)
     unweighted: set[ModelReference] = field(default_factory=set)
@@ -82,7 +84,6 @@ class PlanCheck:
         sources = self._sources(task)
         base = task.base_model
         self.bases[base] = None
-        self.parameters |= self._names_of(base, sources[base])
         self._check_presence(weight, base, sources)
         settings = {model: dict(values.items()) for model, values in task.input_parameters.items() if model != base}
         selections = {}
@@ -97,10 +98,18 @@ class PlanCheck:
                 selections[model] = selection
         headers = {model: self._header(model, source) for model, source in sources.items()}
         names = frozenset(self._names_of(base, sources[base]))
-        self.tensors.append(PlannedTensor(weight.name, names, {base: headers[base]} | headers, selections, settings))
+        for model in sources:
+            self.parameters.setdefault(model, set()).update(names)
+        headers = {base: headers[base]} | headers
+        by_tokens = weight.vocabulary_axis is not None
+        self.tensors.append(PlannedTensor(weight.name, names, headers, selections, settings, by_tokens))
         parameters = dict(task.input_parameters.items()) | {m: ImmutableMap(s) for m, s in settings.items()}
         task = task.model_copy(update={"input_parameters": ImmutableMap(parameters)})
-        return load_less(task, selections, self._ties, list(headers.values()))
+        embedding = self.resolved.get((weight.tied_names or ("",))[0])
+        if selections and embedding is not None and self._ties(base):
+            return CopyOf(source=embedding)
+        self.resolved[weight.name] = load_less(task, selections, list(headers.values()))
+        return self.resolved[weight.name]
 
     def finish(self) -> None:
         """Raise all problems, or tell what is worth telling.
@@ -117,7 +126,21 @@ class PlanCheck:
 
     def remarks(self) -> list[str]:
         """What is no mistake but worth knowing before the merge."""
-        return [*self._other_pairs(), *self._other_forwards()]
+        return [*self._other_pairs(), *self._other_forwards(), *self._left_to_the_target()]
+
+    def _left_to_the_target(self) -> list[str]:
+        """Selected modules whose outputs are made without their ability model: in other slices, by other modules."""
+        found = []
+        for (model, setting, _), files in self.masks.items():
+            reached = self.parameters.get(model, set())
+            modules = files.channels if files is not None else ()
+            idle = [module for module in modules if files is not None and not reached & set(files.names_of(module))]
+            if idle:
+                found.append(
+                    f'mask "{setting}" of {model}: nothing of {len(idle)} modules will be moved, such as "{idle[0]}"; '
+                    "their outputs are made without this model"
+                )
+        return found
 
     def _check_models(self) -> None:
         if not self.models:
@@ -145,12 +168,12 @@ class PlanCheck:
 
     def _check_matches(self) -> None:
         """Every module that a mask selects has to be somewhere in the output."""
+        outputs = set().union(*self.parameters.values())
         for (model, setting, _), files in self.masks.items():
             if files is None:  # could not be loaded, which is told already
                 continue
             for module in files.channels:
-                names = [tied for name, _ in files.layout.parameters[module] for tied in files.layout.tied_names(name)]
-                if not self.parameters & set(names):
+                if not outputs & set(files.names_of(module)):
                     self.problems.append(
                         f'mask "{setting}" of {model}: no output tensor matches module "{module}". If it is left out '
                         f"on purpose, make the mask with --exclude '{module}'"
@@ -250,8 +273,9 @@ class PlanCheck:
         gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
         return dict(gather.weight_info.items())
 
-    def _ties(self, model: ModelReference, _files: MaskFiles | None = None) -> bool:
-        return bool(getattr(self._config(model).get_text_config(), "tie_word_embeddings", False))
+    def _ties(self, model: ModelReference, files: MaskFiles | None = None) -> bool:
+        """Whether a model's head is its embedding; Transformers asks the outer config of a vision-language model."""
+        return bool(getattr(self._config(model), "tie_word_embeddings", False))
 
     def _header(self, model: ModelReference, source: WeightInfo) -> TensorHeader | None:
         """What a model has of a tensor; None if it lacks it."""
@@ -269,8 +293,8 @@ class PlanCheck:
         if not can_convert_checkpoint_keys(self._config(model).model_type, set(checkpoint.headers), name):
             return None
         shape = checkpoint.shape(name)
-        dtype = next(iter(checkpoint.headers.values())).dtype
-        return None if shape is None else TensorHeader(dtype, shape, CONVERTED)
+        largest = max(checkpoint.headers.values(), key=lambda header: header.size)
+        return None if shape is None else TensorHeader(largest.dtype, shape, CONVERTED)
 
     def _config(self, model: ModelReference) -> Any:
         return self._checkpoint(model).config
@@ -318,9 +342,9 @@ class FlatPlanCheck(PlanCheck):
         return {source.name}
 
     def _ties(self, model: ModelReference, files: MaskFiles | None = None) -> bool:
-        """A file that holds one of the names that a mask's model ties holds the matrix of both."""
+        """A file that holds a name that the mask's model ties holds that matrix, under one of its names or both."""
         groups = files.layout.tied if files is not None else ()
-        return any(len(set(group) & set(self._checkpoint(model).headers)) == 1 for group in groups)
+        return any(set(group) & set(self._checkpoint(model).headers) for group in groups)
 
     def _converted(self, model: ModelReference, name: str) -> TensorHeader | None:
         return None
@@ -328,7 +352,7 @@ class FlatPlanCheck(PlanCheck):
     def find_left_out(self) -> None:
         """mergekit-pytorch plans the tensors of the listed models only; what just the target has would be lost."""
         for base in self.bases:
-            left_out = sorted(set(self._checkpoint(base).headers) - self.parameters)
+            left_out = sorted(set(self._checkpoint(base).headers) - set().union(*self.parameters.values()))
             if left_out:
                 self.problems.append(
                     f"{len(left_out)} tensors of {base} are in no ability model and would be left out, such as "

@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mergekit.merge_methods.registry import get
@@ -35,7 +36,8 @@ def wrap_merge() -> None:
         def checked_architecture(config: Any, options: Any) -> Any:
             if is_ours(config.merge_method):
                 spec = get(config.merge_method).spec
-                problems = config_problems(config.model_dump(mode="json"), spec) + model_problems(config, options)
+                problems = config_problems(config.model_dump(mode="json"), spec)
+                problems += model_problems(config.referenced_models(), options)
                 if problems:
                     raise MergeConfigError(problems)
             return get_architecture_info(config, options)
@@ -48,23 +50,25 @@ def wrap_merge() -> None:
 def wrap_multimerge() -> None:
     """Complete ``mergekit.scripts.multimerge``: no merge begins while a later one is known to fail."""
 
-    def wrap(load_config: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(load_config)
-        def checked_config(*args: Any, **kwargs: Any) -> Any:
-            configs, dependencies = load_config(*args, **kwargs)
-            problems = [
-                f"{name or 'the unnamed merge'}: {problem}"
-                for name, config in configs.items()
-                if is_ours(config.merge_method)
-                for problem in config_problems(config.model_dump(mode="json"), get(config.merge_method).spec)
-            ]
+    def wrap(make_tasks: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(make_tasks)
+        def checked_tasks(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(make_tasks).bind(*args, **kwargs).arguments
+            problems = []
+            for name, config in given["merge_configs"].items():
+                if is_ours(config.merge_method):
+                    made = [str(Path(given["intermediate_dir"]) / other) for other in given["merge_configs"] if other]
+                    there = [m for m in config.referenced_models() if str(Path(m.model.path)) not in made]
+                    found = config_problems(config.model_dump(mode="json"), get(config.merge_method).spec)
+                    found += model_problems(there, given["merge_options"])
+                    problems += [f"{name or 'the unnamed merge'}: {problem}" for problem in found]
             if problems:
                 raise MergeConfigError(problems)
-            return configs, dependencies
+            return make_tasks(*args, **kwargs)
 
-        return checked_config
+        return checked_tasks
 
-    _wrap("mergekit.scripts.multimerge", None, "load_config", wrap)
+    _wrap("mergekit.scripts.multimerge", None, "make_tasks", wrap)
 
 
 def wrap_planner() -> None:

@@ -15,18 +15,21 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import MergePlanner, _model_out_config, get_architecture_info
+from mergekit.merge_methods.registry import get
 from mergekit.options import MergeOptions, add_merge_options
+from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_act.channels import kind_pattern
 from mergekit_act.checking.headers import only_headers
-from mergekit_act.checking.plans import CONVERTED, PlanCheck, PlannedTensor
+from mergekit_act.checking.loads import CONVERTED
+from mergekit_act.checking.plans import PlanCheck, PlannedTensor
 from mergekit_act.checkpoints import TensorHeader
 from mergekit_act.merging import TensorSelection, channels_along, is_ours
 from mergekit_act.merging.mapped import PAGE, private_bytes
 from mergekit_act.merging.methods import METHOD
 
-__all__ = ["CheckSummary", "TensorKind", "check_config", "parse_merge_options"]
+__all__ = ["CheckSummary", "TensorKind", "check_config", "parse_check_arguments"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class CheckSummary:
         selected: how many of these are selected, by any ability model.
         bytes_read: from the files of all models, estimated.
         bytes_written: of tensors.
-        peak_memory: bytes that the merge allocates at most besides Python and PyTorch, estimated. Files that are
-            mapped into memory do not count.
+        peak_memory: bytes that the merge allocates besides Python and PyTorch, estimated. Files that are mapped into
+            memory do not count, nor what is done before: a LoRA's merge, a tokenizer's.
         remarks: what is no mistake but worth knowing.
     """
 
@@ -101,28 +104,32 @@ def check_config(path: str | Path, options: MergeOptions) -> CheckSummary:
         raise ValueError(f"{path} is no merge config: {' '.join(str(error).split())}") from error
     if not is_ours(config.merge_method):
         raise ValueError(f'{path} uses merge_method "{config.merge_method}"; mergekit-act checks act and act_<method>')
-    architecture = get_architecture_info(config, options)
     LoaderCache().setup(options=options)
     with only_headers(config.referenced_models(), options) as remarks:
+        architecture = get_architecture_info(config, options)
         out_config = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
         planner = MergePlanner(config, architecture, options=options, out_model_config=out_config)
         planner.plan_to_disk(out_path="")
         return _summarize(planner.mergekit_act_check, [*remarks])
 
 
-def parse_merge_options(arguments: Sequence[str]) -> MergeOptions:
-    """mergekit's merge options from a command line.
+def parse_check_arguments(arguments: Sequence[str]) -> tuple[str, MergeOptions]:
+    """A config's path and mergekit's merge options, from a command line.
 
     Raises:
-        click.UsageError: mergekit-yaml has no such option.
+        click.UsageError: mergekit-yaml has no such option, or there is not one config.
     """
 
     @click.command()
+    @click.argument("config_file", metavar="CONFIG.yml")
     @add_merge_options  # type: ignore[untyped-decorator]
-    def command(merge_options: MergeOptions) -> MergeOptions:
-        return merge_options
+    def command(config_file: str, merge_options: MergeOptions) -> tuple[str, MergeOptions]:
+        return config_file, merge_options
 
-    return command.main(list(arguments), prog_name="mergekit-act check", standalone_mode=False)
+    found: tuple[str, MergeOptions] = command.main(
+        list(arguments), prog_name="mergekit-act check", standalone_mode=False
+    )
+    return found
 
 
 def _summarize(check: PlanCheck, remarks: list[str]) -> CheckSummary:
@@ -165,12 +172,12 @@ def _count_channels(check: PlanCheck) -> tuple[int, int]:
         for name in tensor.sources:
             tensor_of.setdefault(name, []).append(tensor)
     channels = selected = 0
-    for layout in check.layouts[:1]:
-        for (name, axis), *_ in layout.parameters.values():
-            for tensor in next((tensor_of[tied] for tied in (name, *layout.tied_names(name)) if tied in tensor_of), ()):
-                shape, chosen = _shape(tensor), _union(tensor).get(axis)
-                channels += math.prod(channels_along(axis, shape, 2 if len(shape) == 3 else 1))
-                selected += 0 if chosen is None else int(chosen.sum())
+    owned = {module: (layout, names[0]) for layout in check.layouts for module, names in layout.parameters.items()}
+    for layout, (name, axis) in owned.values():
+        for tensor in next((tensor_of[tied] for tied in (name, *layout.tied_names(name)) if tied in tensor_of), ()):
+            shape, chosen = _shape(tensor), _union(tensor).get(axis)
+            channels += math.prod(channels_along(axis, shape, 2 if len(shape) == 3 else 1))
+            selected += 0 if chosen is None else int(chosen.sum())
     return channels, selected
 
 
@@ -210,27 +217,29 @@ def _bytes_written(tensor: PlannedTensor, check: PlanCheck) -> int:
 def _work_dtype(tensor: PlannedTensor, check: PlanCheck) -> torch.dtype:
     """In which a tensor is computed."""
     stored = [header.torch_dtype for header in tensor.headers.values() if header is not None]
-    return dtype_from_name(check.config.dtype) or reduce(torch.promote_types, filter(None, stored), torch.bfloat16)
+    return dtype_from_name(check.config.dtype) or reduce(torch.promote_types, filter(None, stored))
 
 
 def _bytes_read(tensor: PlannedTensor, check: PlanCheck) -> int:
     """The target's tensor, and of the ability models' what is selected: by rows, in pages; by columns, all of it."""
     _, *others = tensor.headers.items()
     total = _target(tensor).size
-    aligned = check.config.tokenizer is not None or check.config.tokenizer_source is not None
+    if _is_aligned(tensor, check):
+        return sum(header.size for header in tensor.headers.values() if header is not None)
     for model, header in others:
         if header is not None and model in tensor.selections:
             selection = tensor.selections[model]
-            whole = (
-                not selection.by_rows
-                or check.spec.name != METHOD
-                or (aligned and selection.vocabulary_axis is not None)
-                or not header.file.endswith(".safetensors")
-            )
+            whole = not selection.by_rows or check.spec.name != METHOD or not header.file.endswith(".safetensors")
             chosen = next(iter(selection.slices.values()))
             pages = int(chosen.sum()) * (header.size // chosen.numel() + PAGE)
             total += header.size if whole else min(header.size, pages)
     return total
+
+
+def _is_aligned(tensor: PlannedTensor, check: PlanCheck) -> bool:
+    """Whether mergekit makes a vocabulary tensor anew for a tokenizer."""
+    has_tokenizer = check.config.tokenizer is not None or check.config.tokenizer_source is not None
+    return bool(has_tokenizer and tensor.by_tokens)
 
 
 def _peak_memory(check: PlanCheck) -> int:
@@ -247,7 +256,7 @@ def _peak_memory(check: PlanCheck) -> int:
 def _allocated(tensor: PlannedTensor, check: PlanCheck) -> int:
     """What an output tensor needs besides the target's file."""
     whole, union = _bytes_written(tensor, check), _union(tensor)
-    if _is_cast(tensor, check):
+    if _is_cast(tensor, check) or check.options.clone_tensors or _is_aligned(tensor, check):
         return whole
     if not union:
         return 0
@@ -264,18 +273,28 @@ def _is_cast(tensor: PlannedTensor, check: PlanCheck) -> bool:
 
 
 def _untrimmed(check: PlanCheck) -> list[str]:
-    """A trimming density counts over the whole tensor; where it is larger than what is selected nothing is trimmed."""
-    if not any(parameter.name == "density" for parameter in check.spec.parameters):
-        return []
+    """How a method's trimming, which counts over whole tensors, meets what is selected of them."""
+    trims = getattr(getattr(get(check.spec.name), "inner", None), "sparsification_method", None)
     found = []
     for model in check.models:
-        trimming = [tensor for tensor in check.tensors if model in tensor.selections]
-        idle = [t for t in trimming if t.settings[model]["density"] * math.prod(_shape(t)) >= _selected_by(t, model)]
-        if idle:
-            found.append(
-                f"{check.spec.name} trims nothing of {model} in {len(idle)} of {len(trimming)} tensors: its density "
-                "counts over the whole tensor, and less than that is selected there"
-            )
+        tensors = [tensor for tensor in check.tensors if model in tensor.selections]
+        shares = [_selected_by(tensor, model) / math.prod(_shape(tensor)) for tensor in tensors]
+        settings = [tensor.settings[model] for tensor in tensors]
+        pairs = list(zip(shares, settings, strict=True))
+        if trims == SparsificationMethod.magnitude:
+            idle = sum(share <= own["density"] < 1 for share, own in pairs)
+            if idle:
+                found.append(
+                    f"{check.spec.name} trims nothing of {model} in {idle} of {len(tensors)} tensors: its density "
+                    "counts over the whole tensor, and less than that is selected there"
+                )
+        if trims == SparsificationMethod.magnitude_outliers:
+            lost = sum(share <= own["gamma"] and own["density"] < 1 for share, own in pairs)
+            if lost:
+                found.append(
+                    f"{check.spec.name} moves nothing of {model} in {lost} of {len(tensors)} tensors: its gamma takes "
+                    "the largest changes of the whole tensor for outliers, and no more than that is selected there"
+                )
     return found
 
 

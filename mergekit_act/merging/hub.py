@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, parse_hf_uri
@@ -14,6 +15,7 @@ __all__ = ["HUB", "fetch_mask_files"]
 HUB = "hf://"
 
 
+@lru_cache(maxsize=64)  # one process sees one state of the Hub
 def fetch_mask_files(reference: str) -> list[Path]:
     """Fetch what ``hf://user/repo[@revision]/path`` names; the path may be a glob.
 
@@ -37,8 +39,14 @@ def fetch_mask_files(reference: str) -> list[Path]:
         names = [parsed.path_in_repo]
         if glob.has_magic(parsed.path_in_repo):
             listed = HfApi().list_repo_files(repo, revision=revision, repo_type=kind)
-            names = sorted(name for name in listed if fnmatch(name, parsed.path_in_repo))
+            names = sorted(name for name in listed if _matches(name, parsed.path_in_repo))
         return [Path(hf_hub_download(repo, name, revision=revision, repo_type=kind)) for name in names]
     except (HTTPError, HFValidationError, OSError) as error:  # the client's own errors are of both kinds
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f'mask "{reference}" could not be fetched: {reason}') from error
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """As a local glob: ``*`` stays inside a folder."""
+    parts, globs = name.split("/"), pattern.split("/")
+    return len(parts) == len(globs) and all(map(fnmatch, parts, globs))

@@ -15,6 +15,8 @@ __all__ = ["TensorSelection", "channels_along", "transfer"]
 
 LOG = logging.getLogger(__name__)
 
+_CELLS_AT_ONCE = 1 << 22  # 16 MB in float32
+
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, as mergekit's tasks need it
 class TensorSelection:
@@ -75,9 +77,10 @@ class TensorSelection:
         return torch.zeros([1] * dimensions, dtype=torch.bool) if found is None else found
 
 
-def transfer(
-    base: Tensor, contributions: Sequence[tuple[Tensor, float, TensorSelection]], dtype: torch.dtype | None = None
-) -> Tensor:
+Contribution = tuple[Tensor, float, TensorSelection]
+
+
+def transfer(base: Tensor, contributions: Sequence[Contribution], dtype: torch.dtype | None = None) -> Tensor:
     """Add weighted differences inside selections (paper eq. 5).
 
     Differences are accumulated in float32 (float64 for float64 tensors) in order and rounded once to the dtype. Only
@@ -97,6 +100,10 @@ def transfer(
     selected = [contribution for contribution in contributions if contribution[2].any()]
     if not selected:
         return base.to(dtype)
+    for tensor, _, selection in selected:
+        if selection.by_rows:
+            (chosen,) = selection.slices.values()
+            will_need(tensor, chosen.flatten().nonzero().flatten().tolist(), chosen.numel())
     will_need(base)
     merged = _writable(base, dtype, selected)
     # A cell that is selected along two axes is computed in both passes, with all of its contributions in either.
@@ -105,9 +112,7 @@ def transfer(
     return merged
 
 
-def _writable(
-    base: Tensor, dtype: torch.dtype, contributions: Sequence[tuple[Tensor, float, TensorSelection]]
-) -> Tensor:
+def _writable(base: Tensor, dtype: torch.dtype, contributions: Sequence[Contribution]) -> Tensor:
     """A copy of the target's tensor that can be written to; where few pages will be, it shares the others."""
     if base.dtype == dtype and all(selection.by_rows for _, _, selection in contributions):
         union = torch.stack([chosen for _, _, s in contributions for chosen in s.slices.values()]).any(0)
@@ -118,39 +123,49 @@ def _writable(
     return base.to(dtype, copy=True)
 
 
-def _transfer_along(
-    axis: int, base: Tensor, merged: Tensor, contributions: Sequence[tuple[Tensor, float, TensorSelection]]
-) -> None:
-    """Compute all slices along ``axis`` that any contribution selects; writes into ``merged``."""
+def _transfer_along(axis: int, base: Tensor, merged: Tensor, contributions: Sequence[Contribution]) -> None:
+    """Compute all slices along ``axis`` that any contribution selects, some at a time; writes into ``merged``."""
     own = [selection.slices.get(axis) for _, _, selection in contributions]
     union = torch.stack([chosen for chosen in own if chosen is not None]).any(0)
-    if not union.any():
-        return
+    index = tuple(part.to(base.device) for part in union.nonzero(as_tuple=True))
+    cells = max(1, base.numel() // union.numel())
+    at_once = max(1, _CELLS_AT_ONCE // cells)
+    for start in range(0, len(index[0]), at_once):
+        some = tuple(part[start : start + at_once] for part in index)
+        _transfer_slices(axis, some, union.ndim, base, merged, contributions)
+
+
+def _transfer_slices(
+    axis: int,
+    index: tuple[Tensor, ...],
+    dimensions: int,
+    base: Tensor,
+    merged: Tensor,
+    contributions: Sequence[Contribution],
+) -> None:
     dtype = merged.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    index = tuple(part.to(base.device) for part in union.nonzero(as_tuple=True))
-    target = _leading(base, axis, union)[index].to(dtype).to(wide)  # [selected, …]
+    target = _leading(base, axis, dimensions)[index].to(dtype).to(wide)  # [selected, …]
     change = torch.zeros_like(target)
-    for (tensor, weight, selection), chosen in zip(contributions, own, strict=True):
+    for tensor, weight, selection in contributions:
+        chosen = selection.slices.get(axis)
         other = next((cells for its_axis, cells in selection.slices.items() if its_axis != axis), None)
         inside = torch.zeros_like(index[0], dtype=torch.bool) if chosen is None else chosen.to(base.device)[index]
         if other is None:
             rows = inside.nonzero().flatten()
             some = tuple(part[rows] for part in index)
-            if selection.by_rows and chosen is not None:
-                will_need(tensor, chosen.flatten().nonzero().flatten().tolist(), chosen.numel())
-            difference = _leading(tensor, axis, union)[some].to(dtype).to(wide) - target[rows]
-            change[rows] += weight * difference
+            difference = _leading(tensor, axis, dimensions)[some].to(dtype).to(wide).sub_(target[rows])
+            change.index_add_(0, rows, difference.mul_(weight))
         else:
-            difference = _leading(tensor, axis, union)[index].to(dtype).to(wide) - target
+            difference = _leading(tensor, axis, dimensions)[index].to(dtype).to(wide).sub_(target)
             cells = inside[:, None] | other.to(base.device)[None, :]
-            change += torch.where(cells, weight * difference, 0.0)
-    _leading(merged, axis, union)[index] = (target + change).to(dtype)
+            change += torch.where(cells, difference.mul_(weight), 0.0)
+    _leading(merged, axis, dimensions)[index] = target.add_(change).to(dtype)
 
 
-def _leading(tensor: Tensor, axis: int, chosen: Tensor) -> Tensor:
+def _leading(tensor: Tensor, axis: int, dimensions: int) -> Tensor:
     """A view with the channel dimensions in front, as many as the mask has."""
-    return tensor.movedim(axis, chosen.ndim - 1)
+    return tensor.movedim(axis, dimensions - 1)
 
 
 def channels_along(axis: int, shape: Sequence[int], dimensions: int) -> tuple[int, ...]:

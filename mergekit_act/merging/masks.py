@@ -40,6 +40,10 @@ class MaskFiles:
                     slices[axis] = slices[axis] | self.channels[module] if axis in slices else self.channels[module]
         return TensorSelection(slices, vocabulary_axis) if slices else None
 
+    def names_of(self, module: str) -> list[str]:
+        """All names of the parameters that a module's channels own slices of."""
+        return [tied for name, _ in self.layout.parameters[module] for tied in self.layout.tied_names(name)]
+
 
 def find_mask_files(setting: str) -> tuple[Path, ...]:
     """The files that a ``mask`` setting names: paths, globs or ``hf://`` references, separated by commas.
