@@ -266,6 +266,8 @@ class PlanCheck:
     def _names_of(self, base: ModelReference, source: WeightInfo) -> set[str]:
         """All names that a mask may have for a tensor of the target."""
         names = {source.name, *(source.aliases or ())}
+        if any(name in (layout.shapes or layout.owned_names) for layout in self.layouts for name in names):
+            return names  # Transformers takes half a second to tell its renamings
         return names | {parameter_name(self._config(base), name) for name in names}
 
     def _sources(self, task: Any) -> dict[ModelReference, WeightInfo]:
