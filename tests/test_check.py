@@ -67,7 +67,7 @@ def test_on_the_terminal(pair_of, tmp_path):
     assert lines["model.norm.weight"] == "1 0 32 copied"
     assert lines["model.layers.*.self_attn.sinks"] == "2 0 8 no channels: copied"
     assert lines["model.layers.*.mlp.experts.down_proj"].startswith("2 2 12,288 ")
-    assert "GB written" in result.output
+    assert "MB written" in result.output
 
 
 def test_no_weights_are_read(pair_of, tmp_path):
@@ -102,7 +102,12 @@ def test_problems_make_it_fail_and_are_listed(pair_of, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("merge_method: linear\nmodels: [{model: a}]\n", 'uses merge_method "linear"; mergekit-act checks act'),
+        (
+            "merge_method: linear\nmodels: [{model: a}]\n",
+            'uses merge_method "linear"; mergekit-act does not check it (expected act, act_breadcrumbs',
+        ),
+        ("merge_method: act_tie\nmodels: [{model: a}]\n", 'did you mean "act_ties"?'),
+        ("merge_method: act\nbase_model: ./nope\nmodels: [{model: ./nope}]\n", "./nope does not exist"),
         ("merge_method: [\n", "is no merge config"),
         ("a: 1\n---\nb: 2\n", "holds several configs"),
         ("merge_method: act\nmodls: []\n", "is no merge config"),
@@ -113,6 +118,40 @@ def test_what_is_no_config_of_ours(tmp_path, text, words):
     assert result.exit_code == 1
     assert words in result.output
     assert "Traceback" not in result.output
+
+
+def test_what_mergekit_passes_over_in_silence_is_told(pair_of, tmp_path, monkeypatch):
+    for name, folder in zip(("t", "a"), pair_of("qwen2"), strict=True):
+        shutil.copytree(folder, tmp_path / "models" / name)
+    monkeypatch.chdir(tmp_path)
+    random_mask(Path("./models/t"), Path("./models/a"), tmp_path / "m.safetensors")
+    config = act_config(Path("models/t"), (Path("models/a"), {"weight": 0.0, "mask": "m.safetensors"}), dtpye="float32")
+    told = summary(config, tmp_path)["remarks"]
+    assert 'mergekit ignores the key "dtpye"' in told
+    assert any('"models/a" could be a Hub id' in remark for remark in told)
+    assert any("nothing will be moved" in remark for remark in told)
+
+
+def test_a_list_of_masks_is_no_union(pair_of, tmp_path):
+    target, ability = pair_of("qwen2")
+    random_mask(target, ability, tmp_path / "m.safetensors")
+    masks = [str(tmp_path / "m.safetensors")] * 2
+    result = check(act_config(target, (ability, {"weight": 0.5, "mask": masks})), tmp_path)
+    assert result.exit_code == 1
+    assert f'separated by commas: "{masks[0]}, {masks[0]}"' in result.output
+
+
+def test_slices_beyond_the_last_layer(pair_of, tmp_path):
+    target, ability = pair_of("qwen2")
+    random_mask(target, ability, tmp_path / "m.safetensors")
+    parameters = {"weight": 0.4, "mask": str(tmp_path / "m.safetensors")}
+    sources = [
+        {"model": str(target), "layer_range": [1, 3]},
+        {"model": str(ability), "layer_range": [1, 3], "parameters": parameters},
+    ]
+    result = check({"merge_method": "act", "base_model": str(target), "slices": [{"sources": sources}]}, tmp_path)
+    assert result.exit_code == 1
+    assert f"layer_range [1, 3] of {target}: it has 2 layers" in result.output
 
 
 def test_a_missing_file_and_an_unknown_option(tmp_path):

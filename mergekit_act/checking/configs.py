@@ -15,7 +15,15 @@ from mergekit.common import ModelReference
 from mergekit_act.checkpoints import Checkpoint, read_config, read_headers
 from mergekit_act.merging import find_mask_files, load_mask_files
 
-__all__ = ["MergeConfigError", "config_problems", "file_problems", "model_problems", "setting_problems"]
+__all__ = [
+    "MergeConfigError",
+    "config_problems",
+    "file_problems",
+    "layer_problems",
+    "model_problems",
+    "path_remarks",
+    "setting_problems",
+]
 
 LOG = logging.getLogger(__name__)
 
@@ -59,17 +67,19 @@ def model_problems(models: Iterable[ModelReference], options: Any) -> list[str]:
         else:
             architectures[model] = " ".join(names or ())
             problems += _broken_files(model) + _unusable_lora(model, options)
-        path = model.model.path
-        if os.path.exists(path) and path.count("/") < 2 and path[0] not in "./~":
-            LOG.warning(
-                '"%s" could be a Hub id; mergekit asks the Hub after the merge, which fails offline. Write "./%s"',
-                path,
-                path,
-            )
     if len(set(architectures.values())) > 1 and not options.allow_crimes:
         shown = ", ".join(f"{model} is {name}" for model, name in architectures.items())
         problems.append(f"the models differ in architecture: {shown}; ACT needs models of one backbone")
     return problems
+
+
+def path_remarks(paths: Iterable[str]) -> list[str]:
+    """Local folders that mergekit takes for repositories on the Hub while it writes the card, after the merge."""
+    return [
+        f'"{path}" could be a Hub id; mergekit asks the Hub after the merge, which fails offline. Write "./{path}"'
+        for path in paths
+        if path.count("/") < 2 and path[:1] not in tuple("./~")
+    ]
 
 
 def _unusable_lora(model: ModelReference, options: Any) -> list[str]:
@@ -99,6 +109,19 @@ def file_problems(config: Any) -> list[str]:
     return problems
 
 
+def layer_problems(config: Any, options: Any) -> list[str]:
+    """Slices that reach beyond a model's layers."""
+    problems = []
+    modules = [module.slices for module in (config.modules or {}).values()] if config.modules else [config.slices]
+    sources = [source for slices in modules for part in slices or () for source in part.sources]
+    for source in sources:
+        layers = getattr(source.model.config(options.trust_remote_code).get_text_config(), "num_hidden_layers", None)
+        last = source.layer_range[1]
+        if layers is not None and last > layers and len(modules) == 1:
+            problems.append(f"layer_range {list(source.layer_range)} of {source.model}: it has {layers} layers")
+    return problems
+
+
 def _broken_files(model: ModelReference) -> list[str]:
     """Why a local model's weight files can't be read; others are not there yet."""
     folder = Path(model.model.path)
@@ -114,7 +137,13 @@ def _unknown_parameters(config: Any, spec: Any) -> list[str]:
     """mergekit ignores parameters that a method does not have; so a misspelled one would do nothing, in silence."""
     known = [parameter.name for parameter in spec.parameters]
     problems = []
-    for key, _ in _parameters(config):
+    for key, setting in _parameters(config):
+        listed = setting if isinstance(setting, list) else []
+        if key == "mask" and any(isinstance(item, str) for item in listed):
+            problems.append(
+                "mask is a list, which mergekit takes for a gradient over layers; write the files in one text, "
+                f'separated by commas: "{", ".join(map(str, listed))}"'
+            )
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f'did you mean "{close[0]}"?' if close else f"expected {', '.join(known)}"

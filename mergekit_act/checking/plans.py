@@ -85,7 +85,8 @@ class PlanCheck:
         base = task.base_model
         self.bases[base] = None
         self._check_presence(weight, base, sources)
-        settings = {model: dict(values.items()) for model, values in task.input_parameters.items() if model != base}
+        given = dict(task.input_parameters.items())
+        settings = {model: dict(given[model].items()) for model in task.model_order if model != base and model in given}
         selections = {}
         for model in settings:
             self.models[model] = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,12 +19,21 @@ from typing import Any
 from mergekit.merge_methods.registry import get
 from pydantic import ValidationError
 
-from mergekit_act.checking.configs import MergeConfigError, config_problems, file_problems, model_problems
+from mergekit_act.checking.configs import (
+    MergeConfigError,
+    config_problems,
+    file_problems,
+    layer_problems,
+    model_problems,
+    path_remarks,
+)
 from mergekit_act.checking.plans import FlatPlanCheck, PlanCheck
 from mergekit_act.checking.slices import follow_layers
 from mergekit_act.merging import is_ours, refuse_to_run
 
 __all__ = ["wrap_flat_planner", "wrap_merge", "wrap_multimerge", "wrap_planner"]
+
+LOG = logging.getLogger(__name__)
 
 _MARK = "completed_by_mergekit_act"
 
@@ -38,8 +48,11 @@ def wrap_merge() -> None:
                 spec = get(config.merge_method).spec
                 problems = config_problems(config.model_dump(mode="json"), spec)
                 problems += model_problems(config.referenced_models(), options)
+                problems = problems or layer_problems(config, options)
                 if problems:
                     raise MergeConfigError(problems)
+                for remark in path_remarks(_local_paths(config)):
+                    LOG.warning(remark)
             return get_architecture_info(config, options)
 
         return checked_architecture
@@ -55,9 +68,11 @@ def wrap_multimerge() -> None:
         def checked_tasks(*args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(make_tasks).bind(*args, **kwargs).arguments
             problems = []
+            made = [str(Path(given["intermediate_dir"]) / other) for other in given["merge_configs"] if other]
+            for remark in path_remarks(made):
+                LOG.warning(remark)
             for name, config in given["merge_configs"].items():
                 if is_ours(config.merge_method):
-                    made = [str(Path(given["intermediate_dir"]) / other) for other in given["merge_configs"] if other]
                     there = [m for m in config.referenced_models() if str(Path(m.model.path)) not in made]
                     found = config_problems(config.model_dump(mode="json"), get(config.merge_method).spec)
                     found += model_problems(there, given["merge_options"])
@@ -121,6 +136,10 @@ def wrap_flat_planner() -> None:
         return checked_plan
 
     _wrap("mergekit.scripts.merge_raw_pytorch", None, "plan_flat_merge", wrap)
+
+
+def _local_paths(config: Any) -> list[str]:
+    return sorted(model.model.path for model in config.referenced_models() if Path(model.model.path).exists())
 
 
 def _wrap(module: str, owner: str | None, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +16,13 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import MergePlanner, _model_out_config, get_architecture_info
-from mergekit.merge_methods.registry import get
+from mergekit.merge_methods.registry import get, registered_methods
 from mergekit.options import MergeOptions, add_merge_options
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_act.channels import kind_pattern
+from mergekit_act.checking.configs import MergeConfigError, config_problems, model_problems, path_remarks
 from mergekit_act.checking.headers import only_headers
 from mergekit_act.checking.loads import CONVERTED
 from mergekit_act.checking.plans import PlanCheck, PlannedTensor
@@ -103,14 +105,27 @@ def check_config(path: str | Path, options: MergeOptions) -> CheckSummary:
     except (yaml.YAMLError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is no merge config: {' '.join(str(error).split())}") from error
     if not is_ours(config.merge_method):
-        raise ValueError(f'{path} uses merge_method "{config.merge_method}"; mergekit-act checks act and act_<method>')
+        ours = sorted(method.spec.name for method in registered_methods() if is_ours(method.spec.name))
+        close = difflib.get_close_matches(config.merge_method, ours, n=1)
+        hint = f'did you mean "{close[0]}"?' if close else f"expected {', '.join(ours)}"
+        raise ValueError(f'{path} uses merge_method "{config.merge_method}"; mergekit-act does not check it ({hint})')
+    if config.base_model is not None and Path(config.base_model.model.path).is_file():
+        raise ValueError(f"{path} names weight files, as for mergekit-pytorch; check takes configs of mergekit-yaml")
+    problems = config_problems(config.model_dump(mode="json"), get(config.merge_method).spec)
+    problems += model_problems(config.referenced_models(), options)
+    if problems:
+        raise MergeConfigError(problems)
+    ignored = [
+        f'mergekit ignores the key "{key}"' for key in sorted(set(written) - set(MergeConfiguration.model_fields))
+    ]
+    ignored += path_remarks(m.model.path for m in config.referenced_models() if Path(m.model.path).exists())
     LoaderCache().setup(options=options)
     with only_headers(config.referenced_models(), options) as remarks:
         architecture = get_architecture_info(config, options)
         out_config = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
         planner = MergePlanner(config, architecture, options=options, out_model_config=out_config)
         planner.plan_to_disk(out_path="")
-        return _summarize(planner.mergekit_act_check, [*remarks])
+        return _summarize(planner.mergekit_act_check, [*ignored, *remarks])
 
 
 def parse_check_arguments(arguments: Sequence[str]) -> tuple[str, MergeOptions]:
@@ -138,6 +153,8 @@ def _summarize(check: PlanCheck, remarks: list[str]) -> CheckSummary:
         kinds.setdefault(kind_pattern(tensor.name), []).append(tensor)
     counted = tuple(_count(kind, tensors, check) for kind, tensors in kinds.items())
     channels, selected = _count_channels(check)
+    if not selected:
+        remarks.append("nothing will be moved: no channel with a weight is selected")
     return CheckSummary(
         merge_method=check.spec.name,
         target=", ".join(map(str, check.bases)),

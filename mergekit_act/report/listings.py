@@ -103,8 +103,8 @@ def list_check(summary: CheckSummary) -> str:
         "",
         f"{summary.selected:,} of {summary.channels:,} channels ({_percent(summary.selected, summary.channels)})",
         f"{moved_in_all:,} of {parameters:,} parameters ({_percent(moved_in_all, parameters)})",
-        f"about {summary.bytes_read / 1e9:.2f} GB read, {summary.bytes_written / 1e9:.2f} GB written, "
-        f"{summary.peak_memory / 1e9:.2f} GB of memory besides Python and PyTorch",
+        f"about {_size(summary.bytes_read)} read, {_size(summary.bytes_written)} written, "
+        f"{_size(summary.peak_memory)} of memory besides Python and PyTorch",
         *(f"note: {remark}" for remark in summary.remarks),
     ]
     return "\n".join(lines)
@@ -124,6 +124,10 @@ def _without_channels(layout: Layout) -> str:
     kinds = ", ".join(dict.fromkeys(kind_pattern(name) for name in without))
     count = sum(math.prod(shape) for shape in without.values())
     return f"parameters without channels, never transferred: {count:,} ({kinds})"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _percent(part: int, whole: int) -> str:
