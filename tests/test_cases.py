@@ -13,7 +13,7 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from conftest import VOCABULARY, make_model, make_tokenizer, tiny_config
+from conftest import SIZES, VOCABULARY, make_model, make_tokenizer, tiny_config
 from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from mergekit.scripts.multimerge import main as mergekit_multi
 from oracle import plain_merge
@@ -38,14 +38,24 @@ def copy_with(folder: Path, to: Path, **changes: torch.Tensor | None) -> Path:
 # Tied heads
 
 
-def test_methods_that_draw_random_numbers_keep_a_head_tied(pair_of, tmp_path):
+@pytest.mark.parametrize("as_files", [False, True], ids=["mergekit-yaml", "mergekit-pytorch"])
+def test_methods_that_draw_random_numbers_keep_a_head_tied(pair_of, tmp_path, as_files):
     folders = [
         copy_with(folder, tmp_path / folder.name, lm_head__weight=state_of(folder)[EMBEDDING].clone())
         for folder in pair_of("qwen2-tied")
     ]
     random_mask(*folders, tmp_path / "m.safetensors", density=0.5)
     parameters = {"weight": 0.5, "density": 0.5, "mask": str(tmp_path / "m.safetensors")}
-    result = merged(act_config(folders[0], (folders[1], parameters), merge_method="act_dare_linear"), tmp_path / "out")
+    config = act_config(folders[0], (folders[1], parameters), merge_method="act_dare_linear")
+    if as_files:
+        config["base_model"] += "/model.safetensors"
+        config["models"][0]["model"] += "/model.safetensors"
+        (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+        run = CliRunner().invoke(mergekit_pytorch, [str(tmp_path / "c.yml"), str(tmp_path / "out")])
+        assert run.exit_code == 0, (run.output, run.exception)
+        result = state_of(tmp_path / "out")
+    else:
+        result = merged(config, tmp_path / "out")
     assert not torch.equal(result[EMBEDDING], state_of(folders[0])[EMBEDDING])
     assert torch.equal(result[HEAD], result[EMBEDDING])
 
@@ -208,19 +218,8 @@ def test_a_layer_that_is_left_out_needs_a_mask_without_it(pair_of, tmp_path):
 
 
 def vision_language_config(*, tied: bool = False) -> transformers.Qwen2_5_VLConfig:
-    text = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
-        "bos_token_id": None,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text = SIZES | {"rope_parameters": rope}
     vision = {
         "depth": 2,
         "hidden_size": 32,

@@ -20,10 +20,10 @@ from mergekit_act.checking.configs import MergeConfigError, setting_problems
 from mergekit_act.checking.headers import HeaderLoader
 from mergekit_act.checking.loads import CONVERTED, CopyOf, load_less
 from mergekit_act.checking.models import forward_differences
-from mergekit_act.checkpoints import Checkpoint, TensorHeader, parameter_name, read_headers
+from mergekit_act.checkpoints import Checkpoint, TensorHeader, parameter_name
 from mergekit_act.merging import MaskFiles, TensorSelection, channels_along, load_mask_files
 
-__all__ = ["FlatPlanCheck", "PlanCheck", "PlannedTensor"]
+__all__ = ["PlanCheck", "PlannedTensor"]
 
 LOG = logging.getLogger(__name__)
 
@@ -106,11 +106,19 @@ class PlanCheck:
         self.tensors.append(PlannedTensor(weight.name, names, headers, selections, settings, by_tokens))
         parameters = dict(task.input_parameters.items()) | {m: ImmutableMap(s) for m, s in settings.items()}
         task = task.model_copy(update={"input_parameters": ImmutableMap(parameters)})
-        embedding = self.resolved.get((weight.tied_names or ("",))[0])
-        if selections and embedding is not None and self._ties(base):
-            return CopyOf(source=embedding)
+        twin = self._twin(weight, base)
+        if selections and twin is not None:
+            return CopyOf(source=twin)
         self.resolved[weight.name] = load_less(task, selections, list(headers.values()))
         return self.resolved[weight.name]
+
+    def _twin(self, weight: WeightInfo, base: ModelReference) -> Any:
+        """The task that already makes the same matrix under another name, if the target ties the two."""
+        names = set(weight.tied_names or ()) if self._ties(base) else set()
+        for files in self.masks.values():
+            if files is not None and self._ties(base, files):
+                names.update(files.layout.tied_names(weight.name))
+        return next((self.resolved[name] for name in sorted(names) if name in self.resolved), None)
 
     def finish(self) -> None:
         """Raise all problems, or tell what is worth telling.
@@ -333,59 +341,6 @@ class PlanCheck:
             for model in self.models
             for key, ours, theirs in forward_differences(self._config(base), self._config(model))
         ]
-
-
-class FlatPlanCheck(PlanCheck):
-    """The same for the plans of ``mergekit-pytorch``: each model is one weight file, and there is no config."""
-
-    def _sources(self, task: Any) -> dict[ModelReference, WeightInfo]:
-        return {model: WeightInfo(name=load.tensor_name) for model, load in task.gather_tensors.tensors.items()}
-
-    def _names_of(self, base: ModelReference, source: WeightInfo) -> set[str]:
-        return {source.name}
-
-    def _ties(self, model: ModelReference, files: MaskFiles | None = None) -> bool:
-        """A file that holds a name that the mask's model ties holds that matrix, under one of its names or both."""
-        groups = files.layout.tied if files is not None else ()
-        return any(set(group) & set(self._checkpoint(model).headers) for group in groups)
-
-    def _converted(self, model: ModelReference, name: str) -> TensorHeader | None:
-        return None
-
-    def find_left_out(self) -> None:
-        """mergekit-pytorch plans the tensors of the listed models only; what just the target has would be lost."""
-        for base in self.bases:
-            left_out = sorted(set(self._checkpoint(base).headers) - set().union(*self.parameters.values()))
-            if left_out:
-                self.problems.append(
-                    f"{len(left_out)} tensors of {base} are in no ability model and would be left out, such as "
-                    f'"{left_out[0]}"; say --tensor-intersection if that is meant'
-                )
-
-    def remarks(self) -> list[str]:
-        """Nothing: a weight file has neither a config nor a fingerprint that a profile would know."""
-        return []
-
-    def _missing_sentence(self, model: ModelReference, names: str) -> str:
-        return f"{model} has no tensor {names}, which another model has; say --tensor-intersection to leave it out"
-
-    def _checkpoint(self, model: ModelReference) -> Checkpoint:
-        if model not in self.checkpoints:
-            file = Path(model.model.path)
-            self.checkpoints[model] = _WeightFile(model, file.parent, None, file.name)
-        return self.checkpoints[model]
-
-
-@dataclass(frozen=True)
-class _WeightFile(Checkpoint):
-    """A checkpoint that is one file."""
-
-    file: str = ""
-
-    @cached_property
-    def headers(self) -> Mapping[str, TensorHeader]:
-        """Name -> header of every stored tensor."""
-        return read_headers(self.folder / self.file)
 
 
 def _fits(axis: int, chosen: Any, shape: Sequence[int]) -> bool:

@@ -27,7 +27,8 @@ from mergekit_act.checking.configs import (
     model_problems,
     path_remarks,
 )
-from mergekit_act.checking.plans import FlatPlanCheck, PlanCheck
+from mergekit_act.checking.flat import FlatPlanCheck
+from mergekit_act.checking.plans import PlanCheck
 from mergekit_act.checking.slices import follow_layers
 from mergekit_act.merging import is_ours, refuse_to_run
 
