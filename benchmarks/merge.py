@@ -1,11 +1,12 @@
 """Merging with act against mergekit's own methods: time, memory and bytes read, alternating, cold and warm files.
 
-    python benchmarks/merge.py [--model qwen2.5-1.5b] [--density 0.01] [--density 0.05] [--density 0.2] [--rounds 3]
+    python benchmarks/merge.py [--model qwen2.5-1.5b] [--density 0.01] [--density 0.05] [--density 0.2] [--rounds 5]
 
 Makes a random pair in bfloat16 and masks of random channels, so that every tensor has selected rows. Each merge runs in
-a process of its own; time is that of mergekit's run_merge, imports excluded. Cold: the models' files are dropped from
-the page cache before, as far as the kernel follows. Memory is RssAnon above what the process had with mergekit
-imported, read every 10 ms; bytes read are those from storage, as /proc/PID/io counts them.
+a process of its own; time is that of mergekit's run_merge, imports excluded. Disks of rented machines write fast until
+a burst is spent: each round begins with another merge, and there is a pause before each. Cold: the models' files are
+dropped from the page cache before, as far as the kernel follows. Memory is RssAnon above what the process had with
+mergekit imported, read every 10 ms; bytes read are those from storage, as /proc/PID/io counts them.
 """
 
 from __future__ import annotations
@@ -95,22 +96,25 @@ def main() -> None:
     @click.option("--folder", help="Keep the models here.")
     @click.option("--density", type=float, multiple=True, default=[0.01, 0.05, 0.2], show_default=True)
     @click.option("--device", default="cpu", show_default=True)
-    @click.option("--rounds", default=3, show_default=True)
+    @click.option("--rounds", default=5, show_default=True)
+    @click.option("--pause", default=10.0, show_default=True, help="Seconds before each merge.")
     @click.option("--skip", type=click.Choice(METHODS), multiple=True, help="Leave a slow one out.")
-    def run(model, folder, density, device, rounds, skip) -> None:
+    def run(model, folder, density, device, rounds, pause, skip) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folders = pair_in(Path(folder or temporary), model)
             made = {n: c for n, c in configs(folders, density, Path(temporary)).items() if n not in skip}
             print(f"{model}, bfloat16, {device}, medians of {rounds} alternating rounds; GB")
             for state, prepare in (("cold", drop_from_cache), ("warm", read_through)):
                 results: dict[str, list[dict]] = {name: [] for name in made}
-                for _ in range(rounds):
-                    for name, config in made.items():
+                for turn in range(rounds):
+                    first = turn * len(made) // rounds
+                    for name in [*made, *made][first : first + len(made)]:
                         out = Path(temporary) / "out"
                         shutil.rmtree(out, ignore_errors=True)
                         os.sync()
+                        time.sleep(pause)
                         prepare(folders)
-                        settings = {"config": config, "out": str(out), "device": device}
+                        settings = {"config": made[name], "out": str(out), "device": device}
                         results[name].append(measure(settings, Path(__file__)))
                 print(show(state, results, table))
 
