@@ -19,8 +19,8 @@ import torch
 from random_pair import CONFIGS, make_pair, random_ability
 from torch import Tensor, nn
 
+from mergekit_act.abilities.batches import MicroBatch, cut_batches
 from mergekit_act.profiling import open_pair
-from mergekit_act.profiling.batches import MicroBatch, cut_batches
 from mergekit_act.profiling.differences import Engine, Work
 from mergekit_act.profiling.hidden import HiddenStates
 from mergekit_act.profiling.loading import ModelWeights

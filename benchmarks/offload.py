@@ -31,7 +31,7 @@ def child(settings: dict) -> None:
     from forwards import bare_forward
     from random_pair import random_ability
 
-    from mergekit_act.profiling.batches import cut_batches
+    from mergekit_act.abilities.batches import cut_batches
 
     device, dtype = settings["device"], getattr(torch, settings["dtype"])
     models = []

@@ -16,11 +16,11 @@ from oracle import plain_experts, plain_profile
 from safetensors.torch import load_file, save_file
 
 from mergekit_act.abilities import AbilitySamples, Sample
+from mergekit_act.abilities.batches import cut_batches
 from mergekit_act.artifacts import load_profile
 from mergekit_act.channels import layout_of_model
 from mergekit_act.cli import main
 from mergekit_act.profiling import open_pair, profile_pair, profile_without_data
-from mergekit_act.profiling.batches import cut_batches
 from mergekit_act.profiling.loading import ModelWeights
 from mergekit_act.profiling.segments import SegmentedModel
 

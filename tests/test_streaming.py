@@ -16,9 +16,9 @@ from conftest import SIZES, make_model
 from oracle import plain_profile
 from test_profiling import ARCHITECTURES, as_ability, assert_close, random_samples
 
+from mergekit_act.abilities.batches import cut_batches
 from mergekit_act.cli import main
 from mergekit_act.profiling import open_pair, profile_pair, weights
-from mergekit_act.profiling.batches import cut_batches
 from mergekit_act.profiling.chunks import ChunkCutter
 from mergekit_act.profiling.hidden import HiddenStates
 from mergekit_act.profiling.memory import MemoryPlan, free_memory, parse_bytes, plan_memory, show_bytes
@@ -224,8 +224,8 @@ def test_chunks_grow_while_models_are_waited_for(monkeypatch):
 
 def test_out_of_memory_anywhere_halves(pair_of, monkeypatch, tmp_path):
     """In the segments outside of layers and at the head, resident and streamed."""
+    from mergekit_act.abilities.batches import MicroBatch
     from mergekit_act.profiling import differences
-    from mergekit_act.profiling.batches import MicroBatch
 
     samples = [*random_samples(), *random_samples(1)]
     pair = open_pair(*map(str, pair_of("gpt2")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,10 @@ RESERVED_NAMES = ("weight", "random")
 
 
 class Evaluation(BaseModel):
-    """Which held-out rows measure an ability, and how answers are read."""
+    """Which held-out rows measure an ability, and how answers are read.
+
+    Without ``split`` and ``offset`` they are the rows behind the profiled ones; in another split, its first.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -27,6 +30,15 @@ class Evaluation(BaseModel):
     samples: int = Field(default=200, ge=1)
     extract: str | None = None
     max_new_tokens: int = Field(default=256, ge=1)
+
+    @field_validator("extract")
+    @classmethod
+    def _check_extract(cls, extract: str | None) -> str | None:
+        try:
+            re.compile(extract or "")
+        except re.error as error:
+            raise ValueError(f'"{extract}" is no regular expression ({error})') from error
+        return extract
 
 
 class Ability(BaseModel):
@@ -66,6 +78,16 @@ class Ability(BaseModel):
                 )
         return self
 
+    def held_out(self) -> Ability:
+        """The same ability with the rows that ``evaluate`` names in place of the profiled ones."""
+        held_out = self.evaluate
+        same_split = held_out.split in (None, self.split)
+        offset = held_out.offset
+        if offset is None:
+            offset = self.offset + self.samples if same_split else 0
+        update = {"split": held_out.split or self.split, "offset": offset, "samples": held_out.samples}
+        return self.model_copy(update=update)
+
 
 class AbilitiesFile(BaseModel):
     """A pair of models and the abilities to profile, fine-tune, evaluate and sweep with."""
@@ -96,6 +118,12 @@ class AbilitiesFile(BaseModel):
                 )
             seen[name.lower()] = name
         return abilities
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise a ValueError if one of these is no ability of the file."""
+        unknown = sorted(set(names) - set(self.abilities))
+        if unknown:
+            raise ValueError(f'there is no ability "{unknown[0]}"; there are {", ".join(self.abilities)}')
 
 
 def load_abilities(path: str | Path) -> AbilitiesFile:

@@ -17,7 +17,7 @@ from mergekit_act.checkpoints import TensorHeader, read_headers
 from mergekit_act.merging.mapped import map_tensor
 from mergekit_act.merging.methods import METHOD
 
-__all__ = ["CONVERTED", "CopyOf", "load_less"]
+__all__ = ["CONVERTED", "CopyOf", "gather", "load_less"]
 
 CONVERTED = "several tensors"  # in place of a file's name
 
@@ -50,6 +50,15 @@ def load_less(task: Any, selections: Collection[ModelReference], headers: Sequen
             "parameters": task.parameters if task.method_name == METHOD else ImmutableMap({}),
         }
     )
+
+
+def gather(task: Any) -> dict[ModelReference, Tensor]:
+    """Load what a planned tensor's merge would be given, without running the plan."""
+    loads = task.gather_tensors.arguments()
+    gathered: dict[ModelReference, Tensor] = task.gather_tensors.execute(
+        **{key: load.execute() for key, load in loads.items()}
+    )
+    return gathered
 
 
 class CopyOf(Task[Tensor]):  # type: ignore[misc]

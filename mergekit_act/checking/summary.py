@@ -14,24 +14,23 @@ import torch
 import yaml
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
-from mergekit.merge import MergePlanner, _model_out_config, get_architecture_info
 from mergekit.merge_methods.registry import get, registered_methods
 from mergekit.options import MergeOptions, add_merge_options
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_act.channels import kind_pattern
-from mergekit_act.checking.configs import MergeConfigError, config_problems, model_problems, path_remarks
+from mergekit_act.checking.configs import path_remarks
 from mergekit_act.checking.headers import only_headers
 from mergekit_act.checking.loads import CONVERTED
+from mergekit_act.checking.planning import check_before_planning, plan_merge
 from mergekit_act.checking.plans import PlanCheck, PlannedTensor
 from mergekit_act.checkpoints import TensorHeader
 from mergekit_act.merging import TensorSelection, channels_along, is_ours
 from mergekit_act.merging.mapped import PAGE, private_bytes
 from mergekit_act.merging.methods import METHOD
 
-__all__ = ["CheckSummary", "TensorKind", "check_config", "parse_check_arguments"]
+__all__ = ["CheckSummary", "TensorKind", "check_config", "count_moved", "parse_check_arguments"]
 
 
 @dataclass(frozen=True)
@@ -111,21 +110,13 @@ def check_config(path: str | Path, options: MergeOptions) -> CheckSummary:
         raise ValueError(f'{path} uses merge_method "{config.merge_method}"; mergekit-act does not check it ({hint})')
     if config.base_model is not None and Path(config.base_model.model.path).is_file():
         raise ValueError(f"{path} names weight files, as for mergekit-pytorch; check takes configs of mergekit-yaml")
-    problems = config_problems(config.model_dump(mode="json"), get(config.merge_method).spec)
-    problems += model_problems(config.referenced_models(), options)
-    if problems:
-        raise MergeConfigError(problems)
+    check_before_planning(config, options)
     ignored = [
         f'mergekit ignores the key "{key}"' for key in sorted(set(written) - set(MergeConfiguration.model_fields))
     ]
     ignored += path_remarks(m.model.path for m in config.referenced_models() if Path(m.model.path).exists())
-    LoaderCache().setup(options=options)
     with only_headers(config.referenced_models(), options) as remarks:
-        architecture = get_architecture_info(config, options)
-        out_config = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
-        planner = MergePlanner(config, architecture, options=options, out_model_config=out_config)
-        planner.plan_to_disk(out_path="")
-        return _summarize(planner.mergekit_act_check, [*ignored, *remarks])
+        return _summarize(plan_merge(config, options), [*ignored, *remarks])
 
 
 def parse_check_arguments(arguments: Sequence[str]) -> tuple[str, MergeOptions]:
@@ -180,6 +171,11 @@ def _count(kind: str, tensors: Sequence[PlannedTensor], check: PlanCheck) -> Ten
         parameters=sum(math.prod(_shape(tensor)) for tensor in tensors),
         moved=sum(_cells(tensor) for tensor in tensors),
     )
+
+
+def count_moved(check: PlanCheck) -> tuple[int, int]:
+    """How many channels are selected, and how many numbers they own in the output."""
+    return _count_channels(check)[1], sum(_cells(tensor) for tensor in check.tensors)
 
 
 def _count_channels(check: PlanCheck) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergekit_act.merging.mapped import copy_on_write, private_bytes, will_need
 
-__all__ = ["TensorSelection", "channels_along", "transfer"]
+__all__ = ["TensorSelection", "changed_slices", "channels_along", "leading", "selected_slices", "transfer"]
 
 LOG = logging.getLogger(__name__)
 
@@ -125,45 +125,56 @@ def _writable(base: Tensor, dtype: torch.dtype, contributions: Sequence[Contribu
 
 def _transfer_along(axis: int, base: Tensor, merged: Tensor, contributions: Sequence[Contribution]) -> None:
     """Compute all slices along ``axis`` that any contribution selects, some at a time; writes into ``merged``."""
-    own = [selection.slices.get(axis) for _, _, selection in contributions]
+    for index in selected_slices(axis, base, [selection for _, _, selection in contributions]):
+        index = tuple(part.to(base.device) for part in index)
+        target = leading(base, axis, len(index))[index].to(merged.dtype)
+        leading(merged, axis, len(index))[index] = changed_slices(axis, index, target, contributions)
+
+
+def selected_slices(axis: int, tensor: Tensor, selections: Sequence[TensorSelection]) -> Iterator[tuple[Tensor, ...]]:
+    """What any selection selects along an axis: indices of as many slices as are computed at once."""
+    own = [selection.slices.get(axis) for selection in selections]
     union = torch.stack([chosen for chosen in own if chosen is not None]).any(0)
-    index = tuple(part.to(base.device) for part in union.nonzero(as_tuple=True))
-    cells = max(1, base.numel() // union.numel())
+    index = union.nonzero(as_tuple=True)
+    cells = max(1, tensor.numel() // union.numel())
     at_once = max(1, _CELLS_AT_ONCE // cells)
     for start in range(0, len(index[0]), at_once):
-        some = tuple(part[start : start + at_once] for part in index)
-        _transfer_slices(axis, some, union.ndim, base, merged, contributions)
+        yield tuple(part[start : start + at_once] for part in index)
 
 
-def _transfer_slices(
-    axis: int,
-    index: tuple[Tensor, ...],
-    dimensions: int,
-    base: Tensor,
-    merged: Tensor,
-    contributions: Sequence[Contribution],
-) -> None:
-    dtype = merged.dtype
+def changed_slices(
+    axis: int, index: tuple[Tensor, ...], slices: Tensor, contributions: Sequence[Contribution]
+) -> Tensor:
+    """Slices of the target's tensor with the contributions added.
+
+    Args:
+        axis: along which they lie.
+        index: int64 ``[selected]`` for each channel dimension: which slices these are.
+        slices: ``[selected, …]``, in the dtype of the result.
+        contributions: as for ``transfer``.
+    """
+    dtype, device = slices.dtype, slices.device
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    target = _leading(base, axis, dimensions)[index].to(dtype).to(wide)  # [selected, …]
+    target = slices.to(wide, copy=True)
     change = torch.zeros_like(target)
     for tensor, weight, selection in contributions:
         chosen = selection.slices.get(axis)
         other = next((cells for its_axis, cells in selection.slices.items() if its_axis != axis), None)
-        inside = torch.zeros_like(index[0], dtype=torch.bool) if chosen is None else chosen.to(base.device)[index]
+        inside = torch.zeros_like(index[0], dtype=torch.bool) if chosen is None else chosen.to(index[0].device)[index]
         if other is None:
             rows = inside.nonzero().flatten()
-            some = tuple(part[rows] for part in index)
-            difference = _leading(tensor, axis, dimensions)[some].to(dtype).to(wide).sub_(target[rows])
-            change.index_add_(0, rows, difference.mul_(weight))
+            some = tuple(part[rows].to(tensor.device) for part in index)
+            rows = rows.to(device)
+            theirs = leading(tensor, axis, len(index))[some].to(device)
+            change.index_add_(0, rows, theirs.to(dtype).to(wide).sub_(target[rows]).mul_(weight))
         else:
-            difference = _leading(tensor, axis, dimensions)[index].to(dtype).to(wide).sub_(target)
-            cells = inside[:, None] | other.to(base.device)[None, :]
-            change += torch.where(cells, difference.mul_(weight), 0.0)
-    _leading(merged, axis, dimensions)[index] = target.add_(change).to(dtype)
+            theirs = leading(tensor, axis, len(index))[tuple(part.to(tensor.device) for part in index)].to(device)
+            cells = inside.to(device)[:, None] | other.to(device)[None, :]
+            change += torch.where(cells, theirs.to(dtype).to(wide).sub_(target).mul_(weight), 0.0)
+    return target.add_(change).to(dtype)
 
 
-def _leading(tensor: Tensor, axis: int, dimensions: int) -> Tensor:
+def leading(tensor: Tensor, axis: int, dimensions: int) -> Tensor:
     """A view with the channel dimensions in front, as many as the mask has."""
     return tensor.movedim(axis, dimensions - 1)
 

@@ -1,7 +1,7 @@
 """The profiler: both models segment by segment over the same micro-batches, differences summed per channel."""
 
+from mergekit_act.devices import default_device, default_dtype
 from mergekit_act.profiling.controls import profile_without_data
-from mergekit_act.profiling.devices import default_device, default_dtype
 from mergekit_act.profiling.pair import ModelPair, open_pair
 from mergekit_act.profiling.profiler import profile_pair
 from mergekit_act.profiling.run import write_profiles

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mergekit_act.profiling.batches import MicroBatch
+from mergekit_act.abilities.batches import MicroBatch
 from mergekit_act.profiling.hidden import Place
 from mergekit_act.profiling.memory import host_memory
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mergekit_act.abilities.batches import MicroBatch
 from mergekit_act.channels import Layout
-from mergekit_act.profiling.batches import MicroBatch
 from mergekit_act.profiling.experts import ExpertOutput
 from mergekit_act.profiling.hidden import HiddenStates
 from mergekit_act.profiling.outputs import KeptOutput, OutputForms

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_act.abilities.batches import MicroBatch
 from mergekit_act.channels import Layout, kind_pattern
-from mergekit_act.profiling.batches import MicroBatch
 from mergekit_act.profiling.experts import ExpertOutput
 from mergekit_act.profiling.segments import Observer
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mergekit_act.profiling.batches import MicroBatch
+from mergekit_act.abilities.batches import MicroBatch
 from mergekit_act.profiling.chunks import ChunkCutter
 from mergekit_act.profiling.differences import Engine, Work, activation_bytes
 from mergekit_act.profiling.hidden import HiddenStates, Place

@@ -11,9 +11,9 @@ import torch
 
 from mergekit_act import __version__
 from mergekit_act.abilities import AbilitySamples
+from mergekit_act.abilities.batches import cut_batches
 from mergekit_act.artifacts import Profile
-from mergekit_act.profiling.batches import cut_batches
-from mergekit_act.profiling.devices import default_dtype, usable_device
+from mergekit_act.devices import default_dtype, usable_device
 from mergekit_act.profiling.pair import ModelPair
 from mergekit_act.profiling.passes import Pass
 from mergekit_act.profiling.processes import Processes

@@ -9,9 +9,9 @@ import torch
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers, collect_samples
 from mergekit_act.artifacts import Profile, save_profile
+from mergekit_act.devices import default_dtype, usable_device
 from mergekit_act.files import check_free, check_writable, remove_leftovers
 from mergekit_act.profiling.controls import profile_without_data
-from mergekit_act.profiling.devices import default_dtype, usable_device
 from mergekit_act.profiling.pair import open_pair
 from mergekit_act.profiling.processes import Processes, join_processes
 from mergekit_act.profiling.profiler import profile_pair, run_settings

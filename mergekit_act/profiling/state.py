@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save
 
 from mergekit_act.files import remove_leftovers, write_atomically
 from mergekit_act.profiling.sums import DifferenceSums
+from mergekit_act.recipes import changed_settings
 
 __all__ = ["RunState", "check_settings", "is_complete"]
 
@@ -88,18 +88,11 @@ def check_settings(path: Path, settings: Mapping[str, Any], *, overwrite: bool =
         ValueError: it had others, which are named, or the file is no such state.
     """
     try:
-        before = dict(_flat(_read_metadata(path)["settings"]))
-        now = dict(_flat(json.loads(json.dumps(settings))))
-        changed = [
-            f"{name} was {_short(before.get(name, 'not there'))}, is {_short(now.get(name, 'not there'))}"
-            for name in (*now, *(name for name in before if name not in now))
-            if before.get(name, ...) != now.get(name, ...)
-        ]
+        changed = changed_settings(_read_metadata(path)["settings"], settings)
         if changed:
-            shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
             raise ValueError(
-                f"{path} keeps an unfinished run with other settings: {shown}. Go on with the settings it had, or say "
-                "--overwrite to start anew"
+                f"{path} keeps an unfinished run with other settings: {changed}. Go on with the settings it had, "
+                "or say --overwrite to start anew"
             )
     except ValueError:
         if not overwrite:
@@ -116,12 +109,6 @@ def is_complete(path: Path) -> bool:
     return bool(metadata["done"] == metadata["total"])
 
 
-def _short(value: Any) -> str:
-    """A value for people: of a fingerprint the beginning."""
-    text = str(value)
-    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text
-
-
 def _read_metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -134,13 +121,3 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     raise ValueError(
         f"{path} is not the state of a run of this mergekit-act ({found}); delete it or say --overwrite to start anew"
     )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found += _flat(value, f"{prefix}{name}.")
-        else:
-            found.append((prefix + name, value))
-    return found

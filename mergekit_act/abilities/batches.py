@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mergekit_act.abilities import Sample
+from mergekit_act.abilities.samples import Sample
 
-__all__ = ["MicroBatch", "cut_batches"]
+__all__ = ["MicroBatch", "by_length", "cut_batches"]
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,17 @@ class MicroBatch:
         return [by_sample[self.sample_of, self.position_of].flatten(0, -2)]
 
 
+def by_length(samples: Sequence[Sample]) -> list[int]:
+    """The samples' places in the order in which they are cut into micro-batches."""
+    return sorted(range(len(samples)), key=lambda place: (-len(samples[place].input_ids), place))
+
+
 def cut_batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[MicroBatch]:
     """Longest samples first, as many as fit ``batch_tokens`` with their padding, at least one.
 
     The cut depends on nothing but the samples and ``batch_tokens``, so sums do not either.
     """
-    order = sorted(range(len(samples)), key=lambda place: (-len(samples[place].input_ids), place))
+    order = by_length(samples)
     start = 0
     while start < len(order):
         length = len(samples[order[start]].input_ids)
