@@ -1,0 +1,151 @@
+"""The samples that measure an ability: rows that profiling did not use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_act.abilities import AbilitiesFile, Ability, AbilitySamples, Sample, Tokenizers, collect_samples
+
+__all__ = ["HeldOut", "collect_held_out"]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out samples of one ability, and how its answers are read.
+
+    Attributes:
+        ability: the ability's name.
+        role: ``recover`` or ``keep``.
+        data: the samples.
+        extract: finds the final answer in a text; None compares whole texts.
+        max_new_tokens: how long a generated answer may be.
+        tokenizer: the target's.
+    """
+
+    ability: str
+    role: str
+    data: AbilitySamples
+    extract: re.Pattern[str] | None
+    max_new_tokens: int
+    tokenizer: Any
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """The samples themselves."""
+        return self.data.samples
+
+    @cached_property
+    def prompts(self) -> list[Tensor]:
+        """int64 ``[tokens]`` per sample: all before its last stretch of answer tokens."""
+        return [sample.input_ids[: _answer_start(sample)] for sample in self.samples]
+
+    def check_generation(self) -> None:
+        """See that answers can be generated and compared, before any model is loaded.
+
+        Raises:
+            ValueError: a sample has no prompt, or ``extract`` finds nothing in a right answer.
+        """
+        empty = next((place for place, prompt in enumerate(self.prompts) if not len(prompt)), None)
+        if empty is not None:
+            raise ValueError(
+                f'ability "{self.ability}": sample {empty} has no prompt to answer, all its tokens are labelled; say '
+                "--no-generate"
+            )
+        _ = self.references
+
+    @cached_property
+    def references(self) -> list[str]:
+        """The right answers as ``read`` reads them.
+
+        Raises:
+            ValueError: ``extract`` finds nothing in one, so nothing could ever match it.
+        """
+        found = []
+        for place, sample in enumerate(self.samples):
+            text = self.decode(sample.input_ids[_answer_start(sample) :])
+            answer = self.read(text)
+            if answer is None:
+                raise ValueError(
+                    f'ability "{self.ability}": extract "{self.extract.pattern if self.extract else None}" finds '
+                    f'nothing in the right answer of sample {place}, "{text[:100]}"'
+                )
+            found.append(answer)
+        return found
+
+    def decode(self, ids: Tensor) -> str:
+        """Tokens as text, without special tokens and outer white space."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip()
+
+    def read(self, text: str) -> str | None:
+        """The final answer in a text: the last match of ``extract``, its first group if it has one."""
+        if self.extract is None:
+            return text
+        matches = list(self.extract.finditer(text))
+        if not matches:
+            return None
+        last = matches[-1]
+        return (last.group(1) if self.extract.groups else last.group()) or ""
+
+
+def collect_held_out(file: AbilitiesFile, tokenizers: Tokenizers, names: Sequence[str] | None = None) -> list[HeldOut]:
+    """Load the held-out samples of abilities.
+
+    Args:
+        file: the abilities file.
+        tokenizers: of the file's pair.
+        names: which abilities; None for all.
+
+    Raises:
+        FileNotFoundError: a data set does not exist.
+        ValueError: as ``collect_samples``; an ability has no held-out samples, or there is no such ability.
+    """
+    file.check_names(names or ())
+    found = []
+    for name in file.abilities if names is None else names:
+        ability = file.abilities[name]
+        held_out = ability.held_out()
+        try:
+            data = collect_samples(file.model_copy(update={"abilities": {name: held_out}}), name, tokenizers)
+        except ValueError as error:
+            if "has no samples" not in str(error):
+                raise
+            raise ValueError(
+                f"{error} (held-out samples: {held_out.samples} of split {held_out.split} from {held_out.offset} on; "
+                'the keys "split", "offset" and "samples" of "evaluate" say which)'
+            ) from error
+        if _may_overlap(ability):
+            _check_overlap(name, collect_samples(file, name, tokenizers), data)
+        settings = ability.evaluate
+        extract = None if settings.extract is None else re.compile(settings.extract, re.DOTALL)
+        found.append(HeldOut(name, ability.role, data, extract, settings.max_new_tokens, tokenizers.target))
+    return found
+
+
+def _may_overlap(ability: Ability) -> bool:
+    """Whether profiled and held-out rows can be the same: slices of one split, as in ``train[:1000]``."""
+    ours, theirs = ability.split, ability.evaluate.split or ability.split
+    return ours != theirs and ours.partition("[")[0] == theirs.partition("[")[0]
+
+
+def _check_overlap(name: str, profiled: AbilitySamples, held_out: AbilitySamples) -> None:
+    seen = {tuple(sample.input_ids.tolist()) for sample in profiled.samples}
+    common = sum(tuple(sample.input_ids.tolist()) in seen for sample in held_out.samples)
+    if common:
+        raise ValueError(
+            f'ability "{name}": {common} of {len(held_out.samples)} held-out samples are among the profiled ones; '
+            'choose another "split" or "offset" under "evaluate"'
+        )
+
+
+def _answer_start(sample: Sample) -> int:
+    """Where the last stretch of answer tokens begins."""
+    others = (~sample.is_answer).nonzero().flatten()
+    last = int(sample.is_answer.nonzero().max())
+    return int(others[others < last].max()) + 1 if bool((others < last).any()) else 0
