@@ -5,7 +5,9 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from mergekit_act.artifacts import Mask, Profile
 from mergekit_act.channels import Layout, kind_pattern
 
 __all__ = [
+    "Retention",
     "excluded_modules",
     "make_mask",
     "overlap",
@@ -27,6 +30,27 @@ __all__ = [
 Selection = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Abilities of the target that a transfer should spare; not in the paper.
+
+    Attributes:
+        profiles: of these abilities, for the same pair.
+        hashes: SHA-256 of the profiles' files, for the record.
+        ranking: what channels are ranked by, s being their score on the ability to recover and r the largest on one of
+            these: ``difference`` s − strength · r; ``ratio`` s / (r + ε), ε the median of the positive scores of these
+            abilities; ``score`` s alone, as in the paper.
+        strength: of the ranking by difference.
+        density: each of these abilities' own top channels, of this density, are not selected; None excludes none.
+    """
+
+    profiles: Sequence[Profile]
+    hashes: Sequence[str] = ()
+    ranking: Literal["difference", "ratio", "score"] = "difference"
+    strength: float = 0.5
+    density: float | None = None
+
+
 def validate_density(density: float) -> Fraction:
     """The density as the exact fraction that its decimal writing names (0.29 is 29/100).
 
@@ -38,7 +62,9 @@ def validate_density(density: float) -> Fraction:
     return Fraction(repr(float(density)))
 
 
-def select_channels(profile: Profile, density: float, *, exclude: Sequence[str] = ()) -> dict[str, Tensor]:
+def select_channels(
+    profile: Profile, density: float, *, exclude: Sequence[str] = (), retain: Retention | None = None
+) -> dict[str, Tensor]:
     """Select the top channels of a profile, ranked over all modules together (paper 4.1).
 
     k is the floor of density × the number of channels that take part, at least 1. Of equal scores the channel that
@@ -48,33 +74,87 @@ def select_channels(profile: Profile, density: float, *, exclude: Sequence[str] 
         profile: the scores.
         density: fraction of the channels to keep, in (0, 1].
         exclude: globs of modules that take no part, neither in the ranking nor in the count.
+        retain: abilities to spare.
 
     Returns:
         module -> bool ``[channels]`` (or ``[experts, channels]``), for modules with a selected channel.
 
     Raises:
-        ValueError: the density is not in (0, 1], a glob matches no module, or no module is left.
+        ValueError: the density is not in (0, 1], a glob matches no module, no module is left, or a profile to retain is
+            of another model.
     """
     fraction = validate_density(density)
     excluded = excluded_modules(profile.layout, exclude)
     modules = [module for module in profile.layout.modules if module not in excluded]
     if not modules:
         raise ValueError(f"no module is left after excluding {', '.join(exclude)}")
-    scores = torch.cat([profile.scores[module].flatten() for module in modules])
+    scores = _flat(profile, modules)
     sizes = [profile.scores[module].numel() for module in modules]
     k = max(1, math.floor(fraction * scores.numel()))
 
     eligible = torch.ones_like(scores, dtype=torch.bool)
     for module, part in zip(modules, torch.split(eligible, sizes), strict=True):
         part[profile.shared_rows.get(module, part.numel()) :] = False
-    ranked = torch.where(eligible, scores, -1.0)
-    threshold = torch.topk(ranked, k).values[-1].clamp(min=0)
+    if retain is not None:
+        scores = _spared(profile, scores, eligible, modules, exclude, retain)
+        if retain.density is not None and int(eligible.sum()) < k:
+            raise ValueError(
+                f"only {int(eligible.sum()):,} channels are left beside those of the abilities to retain; the density "
+                f"asks for {k:,}. Lower --density or --retain-density"
+            )
+    ranked = torch.where(eligible, scores, -math.inf)
+    threshold = torch.topk(ranked, k).values[-1]
     above = ranked > threshold
-    level = torch.nonzero(ranked == threshold).flatten()[: k - int(above.sum())]
+    level = torch.nonzero((ranked == threshold) & eligible).flatten()[: k - int(above.sum())]
     above[level] = True
 
     parts = zip(modules, torch.split(above, sizes), strict=True)
     return {module: part.reshape(profile.scores[module].shape).clone() for module, part in parts if part.any()}
+
+
+def _flat(profile: Profile, modules: Sequence[str]) -> Tensor:
+    """float32 ``[channels]``: the scores of modules, one behind the other."""
+    return torch.cat([profile.scores[module].flatten() for module in modules])
+
+
+def _spared(
+    profile: Profile,
+    scores: Tensor,
+    eligible: Tensor,
+    modules: Sequence[str],
+    exclude: Sequence[str],
+    retain: Retention,
+) -> Tensor:
+    """What channels are ranked by; those that may not be selected are struck from ``eligible``."""
+    for other in retain.profiles:
+        _check_same_pair(profile, other)
+    if retain.density is not None:
+        for other in retain.profiles:
+            theirs = select_channels(other, retain.density, exclude=exclude)
+            nothing = {module: torch.zeros_like(other.scores[module], dtype=torch.bool) for module in modules}
+            eligible &= ~torch.cat([(nothing | theirs)[module].flatten() for module in modules])
+    if retain.ranking == "score":
+        return scores
+    retained = torch.stack([_flat(other, modules) for other in retain.profiles])
+    if retain.ranking == "difference":
+        return scores - retain.strength * retained.amax(0)
+    positive = retained[retained > 0]
+    floor = positive.median() if len(positive) else 1.0
+    return scores / (retained.amax(0) + floor)
+
+
+def _check_same_pair(profile: Profile, retained: Profile) -> None:
+    both = f'the profiles of "{profile.ability}" and of "{retained.ability}", which is to be retained,'
+    if not profile.layout.fits(retained.layout):
+        raise ValueError(f"{both} are of models with different modules")
+    if profile.criterion != retained.criterion:
+        raise ValueError(f"{both} are by different criteria: {profile.criterion} and {retained.criterion}")
+    for role in ("target", "ability_model"):
+        ours, theirs = getattr(profile, role), getattr(retained, role)
+        if None not in (ours.get("fingerprint"), theirs.get("fingerprint")) and (
+            ours["fingerprint"] != theirs["fingerprint"]
+        ):
+            raise ValueError(f"{both} are of different pairs: {ours.get('model')} and {theirs.get('model')}")
 
 
 def excluded_modules(layout: Layout, exclude: Sequence[str]) -> set[str]:
@@ -151,6 +231,7 @@ def make_mask(
     *,
     exclude: Sequence[str] = (),
     hashes: Sequence[str] | None = None,
+    retain: Retention | None = None,
 ) -> Mask:
     """The union of the top channels of each profile (paper eq. 3).
 
@@ -159,6 +240,7 @@ def make_mask(
         density: fraction of the channels that each ability keeps.
         exclude: globs of modules that take no part.
         hashes: SHA-256 of the profiles' files, for the record.
+        retain: abilities to spare.
 
     Raises:
         ValueError: as ``select_channels``; or the profiles are of different models.
@@ -170,7 +252,7 @@ def make_mask(
                 f'the profiles of "{profiles[0].ability}" and "{other.ability}" are of models with different modules; '
                 "a mask is for one model"
             )
-    union = unite(select_channels(profile, density, exclude=exclude) for profile in profiles)
+    union = unite(select_channels(profile, density, exclude=exclude, retain=retain) for profile in profiles)
     union = {module: union[module] for module in layout.modules if module in union}
     excluded = excluded_modules(layout, exclude)
     counts = {
@@ -191,6 +273,18 @@ def make_mask(
             "ability_model": dict(profile.ability_model),
         }
         | ({"sha256": hashes[place]} if hashes else {})
+        | ({} if retain is None else {"retain": _described(retain)})
         for place, profile in enumerate(profiles)
     )
     return Mask(channels=union, layout=layout, sources=sources, operation="union", counts=counts)
+
+
+def _described(retain: Retention) -> dict[str, Any]:
+    """What a mask records of the abilities that it spares."""
+    abilities = [
+        {"ability": profile.ability, "target": dict(profile.target), "ability_model": dict(profile.ability_model)}
+        | ({"sha256": retain.hashes[place]} if retain.hashes else {})
+        for place, profile in enumerate(retain.profiles)
+    ]
+    settings = {"ranking": retain.ranking, "strength": retain.strength, "density": retain.density}
+    return settings | {"abilities": abilities}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from mergekit_act.artifacts import Profile
 from mergekit_act.channels import Layout
 from mergekit_act.selection import (
+    Retention,
     make_mask,
     overlap,
     select_channels,
@@ -166,3 +168,43 @@ def test_selection_equals_sorting_in_plain_python(sizes, values, percent):
     for module, i, _ in sorted(best, key=lambda entry: (int(entry[0][1:]), entry[1])):
         expected.setdefault(module, []).append(i)
     assert chosen(select_channels(profile(scores), percent / 100)) == expected
+
+
+def spared(recover, retain, of, **settings):
+    """The channels of one module that are selected; the settings are the retention's."""
+    profiles = [profile({"m": values}) for values in (recover, *retain)]
+    return chosen(select_channels(profiles[0], of, retain=Retention(profiles[1:], **settings))).get("m", [])
+
+
+def test_retained_abilities_are_spared_by_hand():
+    recover = [9.0, 8.0, 3.0, 2.0, 1.0]
+    retain = [[9.5, 1.0, 0.0, 0.5, 0.0], [0.0, 6.0, 0.0, 0.5, 0.5]]
+    # r = 9.5, 6, 0, 0.5, 0.5; the median of the positive ones of both is 0.5 (0.5, 0.5, 0.5, 1, 6, 9.5)
+    assert spared(recover, retain, 0.2) == [1]  # s - r / 2: 4.25, 5, 3, 1.75, 0.75
+    assert spared(recover, retain, 0.4, strength=1.0) == [1, 2]  # s - r: -0.5, 2, 3, 1.5, 0.5
+    assert spared(recover, retain, 0.6, strength=1.0) == [1, 2, 3]
+    assert spared(recover, retain, 0.4, strength=0.0) == [0, 1]
+    assert spared(recover, retain, 1.0, strength=1.0) == [0, 1, 2, 3, 4]  # below 0 too: k is what the density says
+    assert spared(recover, retain, 0.4, ranking="ratio") == [2, 3]  # 0.9, 1.2, 6, 2, 1
+    assert spared(recover, retain, 0.4, ranking="score") == [0, 1]
+    assert spared(recover, retain, 0.4, ranking="score", density=0.2) == [2, 3]  # the tops 0 and 1 are struck
+    assert spared(recover, retain, 0.6, ranking="score", density=0.2) == [2, 3, 4]
+    with pytest.raises(ValueError, match=r"only 3 channels are left .* asks for 4"):
+        spared(recover, retain, 0.8, ranking="score", density=0.2)
+
+
+def test_without_scores_to_retain_the_ranking_is_the_plain_one():
+    for ranking in ("difference", "ratio"):
+        assert spared([1.0, 3.0, 2.0], [[0.0, 0.0, 0.0]], 0.7, ranking=ranking) == [1, 2]
+
+
+def test_profiles_to_retain_are_of_the_same_model():
+    ours, theirs = profile({"m": [1.0] * 3}), profile({"n": [1.0] * 3})
+    with pytest.raises(ValueError, match="is to be retained, are of models with different modules"):
+        select_channels(ours, 0.5, retain=Retention([theirs]))
+    pair = {"target": {"fingerprint": "a"}, "ability_model": {"fingerprint": "b"}}
+    first, other = replace(ours, **pair), replace(ours, **pair | {"ability_model": {"fingerprint": "c"}})
+    with pytest.raises(ValueError, match="are of different pairs"):
+        select_channels(first, 0.5, retain=Retention([other]))
+    with pytest.raises(ValueError, match="are by different criteria: activation and weight"):
+        select_channels(first, 0.5, retain=Retention([replace(first, criterion="weight")]))
