@@ -1,0 +1,85 @@
+"""A sweep's point against an evaluation of its samples: patching and restoring should cost little.
+
+    python benchmarks/sweep.py [--model qwen2.5-1.5b] [--density 0.05] [--samples 16] [--rounds 3]
+
+Makes a random pair in bfloat16 and a random profile, loads the target once, and alternates between scoring the samples
+as they are and scoring them with the merge patched in. Planning, once per density, is measured apart.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+from random_pair import CONFIGS, pair_in, random_ability
+
+
+@click.command()
+@click.option("--model", type=click.Choice(list(CONFIGS)), default="qwen2.5-1.5b", show_default=True)
+@click.option("--folder", help="Keep the models here.")
+@click.option("--density", default=0.05, show_default=True)
+@click.option("--samples", default=16, show_default=True)
+@click.option("--tokens", default=256, show_default=True, help="Of a sample, half of them answer.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+def main(model, folder, density, samples, tokens, device, rounds) -> None:
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    from mergekit_act.artifacts import save_profile
+    from mergekit_act.checking.planning import plan_merge
+    from mergekit_act.checkpoints import open_checkpoint
+    from mergekit_act.evaluation import score_answers
+    from mergekit_act.models import load_model
+    from mergekit_act.profiling import open_pair, profile_without_data
+    from mergekit_act.report import table
+    from mergekit_act.sweep import PatchedModel
+
+    with tempfile.TemporaryDirectory() as temporary:
+        target, ability = pair_in(Path(folder or temporary), model)
+        profile = Path(temporary) / "profile.safetensors"
+        save_profile(profile_without_data(open_pair(target, ability), "random"), profile)
+        parameters = {"weight": 0.4, "mask": str(profile), "mask_density": density}
+        config = MergeConfiguration.model_validate(
+            {
+                "merge_method": "act",
+                "base_model": target,
+                "models": [{"model": ability, "parameters": parameters}],
+                "dtype": "bfloat16",
+            }
+        )
+        merged = config.models[0].model
+        loaded = load_model(open_checkpoint(target), device=device, dtype=torch.bfloat16)
+        given = random_ability(samples, tokens, loaded.config.vocab_size).samples
+        patched = PatchedModel(loaded, torch.bfloat16)
+        started = time.perf_counter()
+        patched.plan(plan_merge(config, MergeOptions()))
+        planning = time.perf_counter() - started
+        seconds: dict[str, list[float]] = {"evaluation": [], "point": [], "patch and restore": []}
+        for turn in range(rounds + 1):  # the first is for warming up
+            for what, times in seconds.items():
+                started = time.perf_counter()
+                if what == "evaluation":
+                    score_answers(loaded, given)
+                else:
+                    with patched.patched({merged: 0.4}):
+                        if what == "point":
+                            score_answers(loaded, given)
+                if torch.device(device).type == "cuda":
+                    torch.cuda.synchronize()
+                times += [time.perf_counter() - started] if turn else []
+    medians = {what: statistics.median(times) for what, times in seconds.items()}
+    print(
+        f"{model}, bfloat16, {device}, density {density:g}, {samples} samples of {tokens} tokens, half answer, medians "
+        f"of {rounds} alternating rounds; planning {planning:.1f} s, once per density"
+    )
+    rows = [[what, f"{taken:.2f}", f"{taken / medians['evaluation']:.3f}"] for what, taken in medians.items()]
+    print(table(["", "seconds", "to evaluation"], rows))
+
+
+if __name__ == "__main__":
+    main()

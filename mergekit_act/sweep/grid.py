@@ -1,0 +1,64 @@
+"""The points of a sweep: densities and weights."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mergekit_act.selection import validate_density
+
+__all__ = ["Point", "make_grid"]
+
+DENSITIES = (0.01, 0.02, 0.05, 0.1)
+WEIGHTS = (0.2, 0.4, 0.7, 1.0)
+# Appendix A of the paper: steps of 1 % up to 10 %, of 5 % beyond; λ from 0.1 to 0.9.
+PAPER_DENSITIES = tuple(percent / 100 for percent in (*range(1, 11), *range(15, 101, 5)))
+PAPER_WEIGHTS = tuple(tenths / 10 for tenths in range(1, 10))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting.
+
+    Attributes:
+        density: what each profile keeps.
+        weights: of each ability model, in the config's order.
+    """
+
+    density: float
+    weights: tuple[float, ...]
+
+
+def make_grid(
+    models: int,
+    *,
+    grid: Literal["default", "paper"] = "default",
+    densities: Sequence[float] = (),
+    weights: Sequence[float] = (),
+    per_model: bool = False,
+) -> list[Point]:
+    """All points, density by density.
+
+    Args:
+        models: how many ability models there are.
+        grid: ``default`` (4 × 4) or ``paper`` (28 × 9).
+        densities: in place of the grid's.
+        weights: in place of the grid's.
+        per_model: every combination of weights, instead of one weight for all models.
+
+    Raises:
+        ValueError: a density is not in (0, 1], or a weight is 0 or not finite.
+    """
+    densities = tuple(densities) or (PAPER_DENSITIES if grid == "paper" else DENSITIES)
+    weights = tuple(weights) or (PAPER_WEIGHTS if grid == "paper" else WEIGHTS)
+    for density in densities:
+        validate_density(density)
+    for weight in weights:
+        if not math.isfinite(weight) or weight == 0:
+            raise ValueError(f"weight is {weight}; expected a number other than 0, such as 0.4")
+    combined = itertools.product(weights, repeat=models) if per_model else ((weight,) * models for weight in weights)
+    shared = sorted(dict.fromkeys(combined))
+    return [Point(density, some) for density in sorted(set(densities)) for some in shared]

@@ -1,0 +1,308 @@
+"""Score every point of a grid and write the best one as a merge config: what the command ``sweep`` does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from mergekit_act import __version__
+from mergekit_act.abilities import AbilitiesFile, Tokenizers
+from mergekit_act.checking.planning import check_before_planning, plan_merge
+from mergekit_act.checking.summary import count_moved
+from mergekit_act.checkpoints import Checkpoint, open_checkpoint
+from mergekit_act.devices import usable_device
+from mergekit_act.evaluation import (
+    HeldOut,
+    NotFiniteError,
+    collect_held_out,
+    generate_answers,
+    score_answers,
+)
+from mergekit_act.files import check_free, check_writable, write_atomically
+from mergekit_act.models import check_samples_fit, load_model
+from mergekit_act.recipes import keep_recipe
+from mergekit_act.sweep.config import SweptConfig
+from mergekit_act.sweep.grid import Point
+from mergekit_act.sweep.patching import PatchedModel
+from mergekit_act.sweep.scores import Roles, Score, ScoreFile, best_point, frontier
+
+__all__ = ["SweepResult", "run_sweep"]
+
+LOG = logging.getLogger(__name__)
+
+FILES = ("sweep.json", "sweep.csv", "frontier.json", "best.yml", "sweep.svg", "sweep.png")
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found.
+
+    Attributes:
+        target: the target's own score.
+        scores: of all points that are scored in the folder.
+        frontier: those that none surpasses, in the order of what they keep.
+        exact_match: density and weights -> ability -> share of right greedy answers, for the frontier and the target.
+        best: what was written to ``best.yml``; None if every point loses more than allowed, or recovers nothing.
+        roles: the abilities.
+        channels: of the model.
+        parameters: of the model.
+    """
+
+    target: Score
+    scores: Sequence[Score]
+    frontier: Sequence[Score]
+    exact_match: Mapping[Point | None, Mapping[str, float]]
+    best: Score | None
+    roles: Roles
+    channels: int
+    parameters: int
+
+
+def run_sweep(
+    config: SweptConfig,
+    file: AbilitiesFile,
+    out_dir: Path,
+    grid: Sequence[Point],
+    *,
+    keep_within: float = 0.05,
+    generate: bool = True,
+    device: str | None = None,
+    batch_tokens: int = 4096,
+    lora_merge_cache: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> SweepResult:
+    """Score the target and every point of a grid on held-out samples, by the likelihood of their answers.
+
+    The target is loaded once, in the dtype of the merge; a point's rows are put into it and taken out again. Scores
+    are added to ``sweep.csv`` as they come, and a rerun goes on from there, with a larger grid too.
+
+    Args:
+        config: of the merge.
+        file: the abilities file, with the abilities to recover and to keep.
+        out_dir: where everything is written.
+        grid: the points.
+        keep_within: share of the likelihood of a kept answer token that may be lost for the best point.
+        generate: whether points on the frontier are scored by generation too.
+        device: where the target runs; None takes the accelerator if there is one.
+        batch_tokens: tokens in a micro-batch.
+        lora_merge_cache: folder for merged models, for references of the form ``model+lora``.
+        trust_remote_code: allow the models' own code from the Hub.
+        overwrite: discard what another sweep has left in the folder.
+        quiet: show no progress.
+
+    Raises:
+        FileNotFoundError: a model, profile or data set does not exist.
+        MergeConfigError: the merge would fail.
+        FileExistsError: the folder has files of these names that are of no sweep.
+        ValueError: no ability is to be recovered, the folder is of another sweep, or the target's likelihoods are NaN.
+    """
+    roles = _roles(file)
+    check_writable(out_dir)
+    if quiet:
+        disable_progress_bar()
+    options = MergeOptions(lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code, quiet=True)
+    check_before_planning(MergeConfiguration.model_validate(config.at(grid[0])), options)
+    held_out = collect_held_out(file, Tokenizers(file.target, file.ability_model, trust_remote_code))
+    target, *abilities = (
+        open_checkpoint(model, lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code)
+        for model in (config.target, *config.models)
+    )
+    for one in held_out:
+        if generate:
+            one.check_generation()
+        check_samples_fit(target, one.data, one.tokenizer.backend_tokenizer)
+    dtype = config.dtype or _common_dtype([target, *abilities])
+    device = usable_device(device)
+    _claim(out_dir, _recipe(config, held_out, target, abilities, str(dtype), device, batch_tokens), overwrite)
+    model = load_model(target, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    sweep = _Sweep(config, held_out, PatchedModel(model, dtype), options, batch_tokens)
+    scores = ScoreFile(out_dir / "sweep.csv", roles)
+    own = sweep.score_all(scores, grid, quiet)
+    found = [score for score in scores.scores if score.point is not None]  # of smaller grids before too
+    best, front = best_point(found, own, keep_within), frontier(found)
+    if best is not None and best.point is not None:
+        text = yaml.safe_dump(config.at(best.point), sort_keys=False, allow_unicode=True)
+        write_atomically(out_dir / "best.yml", text.encode(), overwrite=True)
+    else:
+        (out_dir / "best.yml").unlink(missing_ok=True)
+    matches = sweep.generate_all(out_dir / "frontier.json", [own, *front], quiet) if generate else {}
+    return SweepResult(
+        own, found, front, matches, best, roles, config.layout.channel_count(), config.layout.parameter_count()
+    )
+
+
+class _Sweep:
+    """The target in memory, and what is measured of it."""
+
+    def __init__(
+        self,
+        config: SweptConfig,
+        held_out: Sequence[HeldOut],
+        patched: PatchedModel,
+        options: MergeOptions,
+        batch_tokens: int,
+    ) -> None:
+        self.config, self.held_out, self.patched = config, held_out, patched
+        self.options, self.batch_tokens = options, batch_tokens
+        self._density: float | None = None
+        self._moved = (0, 0)
+        self._models = [ModelReference.parse(model) for model in config.models]
+
+    def score_all(self, scores: ScoreFile, grid: Sequence[Point], quiet: bool) -> Score:
+        """Score what is not scored yet; returns the target's score."""
+        own = scores.find(None)
+        todo = [point for point in grid if scores.find(point) is None]
+        with tqdm(total=len(todo), unit="point", desc="sweep", disable=quiet) as bar:
+            if own is None:
+                started = time.monotonic()
+                try:
+                    nll = self._nll()
+                except NotFiniteError as error:
+                    raise ValueError(f"{self.config.target}: {error}") from error
+                own = scores.add(None, nll, channels=0, parameters=0, seconds=time.monotonic() - started)
+            for point in todo:
+                started = time.monotonic()
+                with self._at(point) as (channels, parameters):
+                    try:
+                        nll = self._nll()
+                    except NotFiniteError:  # a merge that has gone out of a dtype's range: as bad as can be
+                        nll = dict.fromkeys((one.ability for one in self.held_out), float("inf"))
+                seconds = time.monotonic() - started
+                score = scores.add(point, nll, channels=channels, parameters=parameters, seconds=seconds)
+                bar.update()
+                bar.set_postfix(recover=f"{score.recover:.3f}", keep=f"{score.keep or 0:.3f}")
+        return own
+
+    def generate_all(self, path: Path, scores: Sequence[Score], quiet: bool) -> dict[Point | None, dict[str, float]]:
+        """Exact match of greedy answers for the points on the frontier and the target; kept in a file."""
+        kept: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = {}
+        for score in tqdm(scores, unit="point", desc="generation", disable=quiet):
+            key = "target" if score.point is None else f"{score.point.density!r} {score.point.weights!r}"
+            if key not in kept:
+                if score.point is None:
+                    kept[key] = self._matches()
+                else:
+                    with self._at(score.point):
+                        kept[key] = self._matches()
+                write_atomically(path, (json.dumps(kept, indent=2) + "\n").encode(), overwrite=True)
+            found[score.point] = kept[key]
+        return found
+
+    @contextmanager
+    def _at(self, point: Point) -> Iterator[tuple[int, int]]:
+        """The target with a point's merge in it; yields how many channels and parameters that changes."""
+        if point.density != self._density:
+            written = self.config.at(point)
+            with _quiet_planner(first=self._density is None):
+                check = plan_merge(MergeConfiguration.model_validate(written), self.options)
+            self.patched.plan(check)
+            self._density, self._moved = point.density, count_moved(check)
+        with self.patched.patched(dict(zip(self._models, point.weights, strict=True))):
+            yield self._moved
+
+    def _nll(self) -> dict[str, float]:
+        found = {}
+        for one in self.held_out:
+            loss, tokens = score_answers(self.patched.model, one.samples, batch_tokens=self.batch_tokens)
+            found[one.ability] = float(loss.sum() / tokens.sum())
+        return found
+
+    def _matches(self) -> dict[str, float]:
+        found = {}
+        for one in self.held_out:
+            answers = generate_answers(self.patched.model, one, batch_tokens=self.batch_tokens)
+            found[one.ability] = sum(answer.is_right for answer in answers) / len(answers)
+        return found
+
+
+@contextmanager
+def _quiet_planner(*, first: bool) -> Iterator[None]:
+    """What the planner remarks of a config holds for all densities: once is enough."""
+    log = logging.getLogger("mergekit_act.checking")
+    level = log.level
+    log.setLevel(level if first else logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _recipe(
+    config: SweptConfig,
+    held_out: Sequence[HeldOut],
+    target: Checkpoint,
+    abilities: Sequence[Checkpoint],
+    dtype: str,
+    device: str,
+    batch_tokens: int,
+) -> dict[str, Any]:
+    """All that scores depend on, but for the grid."""
+    return {
+        "config": config.without_point(),
+        "target": target.fingerprint,
+        "ability_models": [checkpoint.fingerprint for checkpoint in abilities],
+        "profiles": sorted(config.profiles.values()),
+        "abilities": {
+            one.ability: {
+                "role": one.role,
+                "fingerprint": one.data.data["fingerprint"],
+                "extract": None if one.extract is None else one.extract.pattern,
+                "max_new_tokens": one.max_new_tokens,
+            }
+            for one in held_out
+        },
+        "dtype": dtype.removeprefix("torch."),
+        "device": torch.device(device).type,
+        "batch_tokens": batch_tokens,
+        "versions": {"mergekit-act": __version__}
+        | {name: version(name) for name in ("mergekit", "torch", "transformers")},
+    }
+
+
+def _roles(file: AbilitiesFile) -> Roles:
+    roles = Roles(*(tuple(n for n, a in file.abilities.items() if a.role == role) for role in ("recover", "keep")))
+    if not roles.recover:
+        raise ValueError('the abilities file has no ability with "role: recover"; a sweep measures what is recovered')
+    if not roles.keep:
+        LOG.warning('no ability has "role: keep"; the sweep sees what is recovered, not what it costs')
+    return roles
+
+
+def _claim(out_dir: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
+    """See that a folder has nothing of these names, or a sweep of this recipe."""
+    paths = [out_dir / name for name in FILES]
+    if overwrite:
+        for path in paths:
+            path.unlink(missing_ok=True)
+    if not paths[0].exists():
+        check_free(paths, overwrite=False)
+    keep_recipe(paths[0], recipe)
+
+
+def _common_dtype(checkpoints: Sequence[Checkpoint]) -> torch.dtype:
+    """In which mergekit merges without a dtype, if that is one for all tensors."""
+    dtypes = {header.torch_dtype for checkpoint in checkpoints for header in checkpoint.headers.values()} - {None}
+    if len(dtypes) != 1:
+        shown = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ValueError(f'the models hold {shown}; say "dtype" in the config, in which they are merged')
+    (dtype,) = dtypes
+    assert dtype is not None
+    return dtype
