@@ -49,6 +49,20 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+class _Table(click.ParamType):  # type: ignore[type-arg]
+    """A file of one kind, or "-": another argument that comes by mistake behind the option is told."""
+
+    name = "file"
+
+    def __init__(self, suffix: str) -> None:
+        self.suffix = suffix
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value != "-" and Path(value).suffix != self.suffix:
+            self.fail(f'"{value}" does not end with {self.suffix}', param, ctx)
+        return value
+
+
 def _of_rank() -> str:
     """Which of several processes says it."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -80,6 +94,24 @@ def _common(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _trust = click.option("--trust-remote-code", is_flag=True, help="Run model code from the Hub (danger).")
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace output files that exist.")
+_batch_tokens = click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Tokens in a micro-batch, padding included. The last digits of the results depend on it.",
+)
+_lora_merge_cache = click.option(
+    "--lora-merge-cache", help="Folder for merged models, for references of the form model+lora."
+)
+_evaluation_device = click.option(
+    "--device", help="Where models run: cuda, cpu, or auto to spread one over all there is.  [default: the accelerator]"
+)
+_evaluation_dtype = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="In which models run.  [default: bfloat16 where the device multiplies it natively, else float32]",
+)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -128,13 +160,7 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="In which the models run.  [default: bfloat16 where the device multiplies it natively, else float32]",
 )
-@click.option(
-    "--batch-tokens",
-    type=click.IntRange(min=1),
-    default=4096,
-    show_default=True,
-    help="Tokens in a micro-batch, padding included. The last digits of the scores depend on it.",
-)
+@_batch_tokens
 @click.option(
     "--memory-budget",
     type=_Bytes(),
@@ -157,7 +183,7 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
     multiple=True,
     help="Give modules no scores, such as a vision tower that text does not reach. Repeatable.",
 )
-@click.option("--lora-merge-cache", help="Folder for merged models, for references of the form model+lora.")
+@_lora_merge_cache
 @_trust
 @_overwrite
 @_common
@@ -200,23 +226,69 @@ def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **
     multiple=True,
     help="Leave modules out, in the ranking and in the count, such as lm_head. Repeatable.",
 )
+@click.option(
+    "--retain",
+    metavar="PROFILE",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Spare an ability of the target: prefer channels that differ little on it. Repeatable. Not in the paper.",
+)
+@click.option(
+    "--retain-ranking",
+    type=click.Choice(["difference", "ratio", "score"]),
+    help="By what channels are ranked, s being their score and r the largest on an ability to retain. difference: "
+    "s - strength * r. ratio: s / (r + median r). score: s, as without --retain.  "
+    "[default: difference]",
+)
+@click.option(
+    "--retain-strength",
+    type=click.FloatRange(min=0),
+    help="Of the ranking by difference: 0 is plain ACT, more spares more.  [default: 0.5]",
+)
+@click.option(
+    "--retain-density",
+    type=float,
+    metavar="P",
+    help="Besides, never select the top channels of an ability to retain.",
+)
 @_overwrite
 @_common
 def mask(
-    profiles: tuple[Path, ...], out: Path, density: float, exclude: tuple[str, ...], overwrite: bool, quiet: bool
+    profiles: tuple[Path, ...],
+    out: Path,
+    density: float,
+    exclude: tuple[str, ...],
+    retain: tuple[Path, ...],
+    retain_ranking: Any,
+    retain_strength: float | None,
+    retain_density: float | None,
+    overwrite: bool,
+    quiet: bool,
 ) -> None:
     """Select the top channels of profiles.
 
     Keeps the top channels of each PROFILE and writes their union as a mask.
     """
+    given = {"ranking": retain_ranking, "strength": retain_strength, "density": retain_density}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not retain:
+        raise ValueError(
+            f"--retain-{next(iter(given))} needs --retain PROFILE, the abilities whose channels are spared"
+        )
+    if retain_strength is not None and retain_ranking not in (None, "difference"):
+        raise ValueError(f"--retain-strength belongs to the ranking by difference, not by {retain_ranking}")
     from mergekit_act.artifacts import load_profile, save_mask
     from mergekit_act.files import check_free, file_hash
     from mergekit_act.report import list_mask
-    from mergekit_act.selection import make_mask
+    from mergekit_act.selection import Retention, make_mask
 
     check_free([out], overwrite=overwrite)
     loaded = [load_profile(path) for path in profiles]
-    made = make_mask(loaded, density, exclude=exclude, hashes=[file_hash(path) for path in profiles])
+    spared = None
+    if retain:
+        spared = Retention([load_profile(path) for path in retain], [file_hash(path) for path in retain], **given)
+    hashes = [file_hash(path) for path in profiles]
+    made = make_mask(loaded, density, exclude=exclude, hashes=hashes, retain=spared)
     save_mask(made, out, overwrite=overwrite)
     click.echo(list_mask(made))
 
@@ -280,13 +352,233 @@ def merge(arguments: tuple[str, ...]) -> None:
 
 
 @main.command()
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--abilities", "file", metavar="ABILITIES.yml", required=True, type=click.Path(path_type=Path))
+@click.option("--ability", "names", metavar="NAME", multiple=True, help="Only this ability of the file. Repeatable.")
+@click.option("--generate/--no-generate", default=True, show_default=True, help="Answers too, for exact match.")
+@_evaluation_device
+@_evaluation_dtype
+@_batch_tokens
+@click.option("--random-seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option(
+    "--json",
+    "json_out",
+    metavar="[FILE]",
+    is_flag=False,
+    flag_value="-",
+    type=_Table(".json"),
+    help="All results as JSON, to a file, or instead of the table.",
+)
+@click.option(
+    "--csv",
+    "csv_out",
+    metavar="[FILE]",
+    is_flag=False,
+    flag_value="-",
+    type=_Table(".csv"),
+    help="The table's numbers as csv, likewise.",
+)
+@click.option(
+    "--predictions",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A JSON line per model and sample, with the generated text.",
+)
+@_lora_merge_cache
+@_trust
+@_overwrite
+@_common
+def evaluate(models: tuple[str, ...], file: Path, names: tuple[str, ...], **options: Any) -> None:
+    """Measure models on held-out samples.
+
+    For every MODEL and ability: negative log-likelihood of the answers per token, exact match of greedy answers, with
+    95 % bootstrap intervals; every model against the first, on the same samples. Samples are those that "evaluate"
+    names in ABILITIES.yml; by default 200 behind the profiled ones.
+
+    Files are written after each model.
+    """
+    from mergekit_act.abilities import load_abilities
+    from mergekit_act.evaluation.command import run_evaluation
+
+    for line in run_evaluation(models, load_abilities(file), names or None, **options):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("config_file", metavar="CONFIG.yml", type=click.Path(path_type=Path))
+@click.argument("abilities_file", metavar="ABILITIES.yml", type=click.Path(path_type=Path))
+@click.argument("out_dir", metavar="OUT_DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--grid",
+    type=click.Choice(["default", "paper"]),
+    default="default",
+    show_default=True,
+    help="default: densities 0.01, 0.02, 0.05, 0.1 by weights 0.2, 0.4, 0.7, 1. paper: 252 points, densities 0.01 to "
+    "0.1 and 0.15 to 1 by weights 0.1 to 0.9.",
+)
+@click.option("--density", "densities", type=float, multiple=True, help="In place of the grid's. Repeatable.")
+@click.option("--weight", "weights", type=float, multiple=True, help="In place of the grid's. Repeatable.")
+@click.option("--per-model", is_flag=True, help="Every combination of weights, instead of one for all ability models.")
+@click.option(
+    "--keep-within",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    metavar="SHARE",
+    help="How much of the kept abilities the best point may lose: of the likelihood of an answer token.",
+)
+@click.option("--generate/--no-generate", default=True, show_default=True, help="Exact match too, on the frontier.")
+@click.option("--device", help="Where the target runs, such as cuda or cpu.  [default: the accelerator, if any]")
+@_batch_tokens
+@_lora_merge_cache
+@_trust
+@_overwrite
+@_common
+def sweep(
+    config_file: Path,
+    abilities_file: Path,
+    out_dir: Path,
+    grid: Any,
+    densities: tuple[float, ...],
+    weights: tuple[float, ...],
+    per_model: bool,
+    **options: Any,
+) -> None:
+    """Find a good density and weight.
+
+    Merges every point of a grid in memory and scores it on the held-out samples of ABILITIES.yml: what the abilities
+    with "role: recover" gain against what those with "role: keep" lose. CONFIG.yml is a merge config of act whose
+    masks are profiles; its densities and weights are replaced.
+
+    Writes sweep.csv, point by point, a picture, and best.yml, which mergekit-yaml merges to the very weights that were
+    scored. The same command goes on after an interruption.
+    """
+    from mergekit_act.abilities import load_abilities
+    from mergekit_act.report import can_draw, draw_sweep, list_sweep
+    from mergekit_act.sweep import make_grid, run_sweep
+    from mergekit_act.sweep.config import read_swept_config
+
+    config = read_swept_config(config_file)
+    points = make_grid(len(config.models), grid=grid, densities=densities, weights=weights, per_model=per_model)
+    result = run_sweep(config, load_abilities(abilities_file), out_dir, points, **options)
+    click.echo(list_sweep(result))
+    click.echo(f"{len(result.frontier)} of {len(result.scores)} points, which no other surpasses; all are in sweep.csv")
+    if result.best is None:
+        limit = f"{options['keep_within']:.0%} of what is to be kept"
+        click.echo(f"every point loses more than {limit} or recovers nothing: no best.yml")
+    written = [out_dir / name for name in ("sweep.csv", "best.yml") if (out_dir / name).exists()]
+    if can_draw():
+        written += draw_sweep(result, out_dir)
+    else:
+        click.echo('for a picture: pip install "mergekit-act[plots]", and the same command again')
+    for path in written:
+        click.echo(path)
+
+
+@main.command()
+@click.argument("model", metavar="MODEL")
+@click.argument("abilities_file", metavar="ABILITIES.yml", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--ability", "names", metavar="NAME", multiple=True, help="Only this ability of the file. Repeatable.")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-5, show_default=True)
+@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Samples of one update, in all."
+)
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Samples that a process computes at once; more is faster and takes more memory.",
+)
+@click.option(
+    "--scheduler",
+    type=click.Choice(["linear", "constant", "cosine"]),
+    default="linear",
+    show_default=True,
+    help="How the learning rate goes on; the paper does not say.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="In which it computes.  [default: bfloat16 where the device multiplies it natively, else float32]",
+)
+@click.option(
+    "--master-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="In which weights and Adam's means are kept. bfloat16 takes half the memory, but rounds small updates away.",
+)
+@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=True, show_default=True)
+@click.option(
+    "--save-steps",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    help="Updates between checkpoints, from which the same command goes on; 0 for none.",
+)
+@click.option("--device", help="cpu, to leave an accelerator alone.  [default: the accelerator, if any]")
+@click.option("--random-seed", type=int, default=0, show_default=True, help="Of the order of the samples.")
+@_lora_merge_cache
+@_trust
+@_overwrite
+@_common
+def finetune(
+    model: str,
+    abilities_file: Path,
+    out: Path,
+    names: tuple[str, ...],
+    save_steps: int,
+    dtype: str | None,
+    device: str | None,
+    lora_merge_cache: str | None,
+    trust_remote_code: bool,
+    overwrite: bool,
+    quiet: bool,
+    **recipe: Any,
+) -> None:
+    """Fine-tune a model lightly.
+
+    Full-parameter training of MODEL on the answer tokens of all samples of ABILITIES.yml, the ones it profiles, with
+    TRL's SFTTrainer; the defaults are the paper's. Writes the model, its card, loss.csv and a picture to OUT. The same
+    command goes on after an interruption. With several GPUs:
+
+      accelerate launch --config_file fsdp.yaml -m mergekit_act finetune MODEL ABILITIES.yml OUT
+    """
+    from mergekit_act.abilities import load_abilities
+    from mergekit_act.devices import default_dtype
+    from mergekit_act.finetuning import Recipe, choose_device, finetune
+
+    device = choose_device(device)
+    chosen = Recipe(dtype=dtype or str(default_dtype(device)).removeprefix("torch."), **recipe)
+    written = finetune(
+        model,
+        load_abilities(abilities_file),
+        out,
+        chosen,
+        names=names,
+        save_steps=save_steps,
+        device=device,
+        lora_merge_cache=lora_merge_cache,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    for path in written:
+        click.echo(path)
+
+
+@main.command()
 @click.argument("out_dir", metavar="OUT_DIR", type=click.Path(path_type=Path, file_okay=False))
 @_common
 def demo(out_dir: Path, quiet: bool) -> None:
     """Run the whole path on tiny models.
 
     Trains them, lets one forget, and brings the forgotten ability back with ACT.
-    Needs no downloads and three to five minutes on two CPU cores; all files stay in OUT_DIR.
+    Evaluates them, and fine-tunes lightly if TRL is installed. Needs no downloads and four to seven minutes on two CPU
+    cores; all files stay in OUT_DIR.
     """
     from mergekit_act.demo import run_demo
 

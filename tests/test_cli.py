@@ -11,8 +11,10 @@ from conftest import make_model, tiny_config
 from test_artifacts import profile
 
 import mergekit_act
-from mergekit_act.artifacts import load_mask, save_profile
+from mergekit_act.artifacts import load_mask, load_profile, save_profile
 from mergekit_act.cli import main
+from mergekit_act.profiling import open_pair, profile_without_data
+from mergekit_act.selection import overlap, select_channels
 
 
 def invoke(*arguments: object):
@@ -106,3 +108,22 @@ def test_profile_refuses_before_it_loads_models(tmp_path, sums_file):
     result = invoke("profile", tmp_path / "same.yml", tmp_path / "other")
     assert result.output == f"Error: {target} and {target} are the same model; there is nothing to transfer\n"
     assert not (tmp_path / "other").exists()
+
+
+def test_masks_that_spare_abilities_say_so(pair_of, tmp_path):
+    for seed in range(2):
+        profile = profile_without_data(open_pair(*map(str, pair_of("qwen2"))), "random", random_seed=seed)
+        save_profile(profile, tmp_path / f"{seed}.safetensors")
+    first, second = (str(tmp_path / f"{seed}.safetensors") for seed in range(2))
+    made = tmp_path / "mask.safetensors"
+    arguments = ["mask", first, "-o", str(made), "--density", "0.2"]
+    done = CliRunner().invoke(main, [*arguments, "--retain", second, "--retain-density", "0.5"])
+    assert done.exit_code == 0, done.output
+    mask = load_mask(made)
+    (retain,) = (source["retain"] for source in mask.sources)
+    assert (retain["ranking"], retain["density"]) == ("difference", 0.5)
+    spared = select_channels(load_profile(second), 0.5)
+    assert overlap(mask.channels, spared) == 0
+    done = CliRunner().invoke(main, [*arguments, "--overwrite", "--retain-density", "0.5"])
+    assert done.exit_code == 1
+    assert "needs --retain PROFILE" in done.output

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ __all__ = ["run_demo"]
 Echo = Callable[[str], None]
 
 KEPT = ("latin", "greek")  # the target is trained on mathematics in these
+RETAINED = tuple(f"math-{language}" for language in KEPT)
 RECOVERED = tuple(f"facts-{language}" for language in LANGUAGES)
 PROFILED = 32  # of a table's 64 facts; the others measure the recovery
 DENSITY = 0.35  # of each profile; the union of the four is about half of the channels
+FINETUNING = ("--epochs", "10", "--learning-rate", "2e-4", "--micro-batch", "16", "--no-gradient-checkpointing")
 STEPS = {"base": 850, "ability": 100, "target": 400}
 
 
@@ -64,7 +67,7 @@ def run_demo(out_dir: Path, *, echo: Echo, quiet: bool = False) -> None:
     channels, share = _moved(out_dir)
     echo(
         f"\nACT and the two controls moved {channels:,} channels each ({share}). All files are in {out_dir}: models/, "
-        "abilities.yml, profiles/, masks/, configs/ and merged/."
+        "abilities.yml, profiles/, masks/, configs/, merged/ and tuned/."
     )
 
 
@@ -87,16 +90,16 @@ def _write_inputs(out_dir: Path, rows: Sequence[Row]) -> None:
     lines = [json.dumps(vars(row), ensure_ascii=False) for row in rows]
     (out_dir / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     abilities = "".join(
-        f"""  facts-{language}:
-    role: recover
+        f"""  {name}:
+    role: {"recover" if name in RECOVERED else "keep"}
     dataset: questions.jsonl
     prompt: prompt
     answer: answer
-    where: {{domain: facts, language: {language}}}
+    where: {{domain: {name.partition("-")[0]}, language: {name.partition("-")[2]}}}
     samples: {PROFILED}
-    evaluate: {{offset: {PROFILED}, samples: {PROFILED}}}
+    evaluate: {{samples: {PROFILED}, max_new_tokens: 4}}
 """
-        for language in LANGUAGES
+        for name in (*RECOVERED, *RETAINED)
     )
     head = "target: ./models/target\nability_model: ./models/ability\nabilities:\n"
     (out_dir / "abilities.yml").write_text(head + abilities, encoding="utf-8")
@@ -105,6 +108,7 @@ def _write_inputs(out_dir: Path, rows: Sequence[Row]) -> None:
         "act": "act\n{models}\n      weight: 1.0\n      mask: masks/act.safetensors",
         "random": "act\n{models}\n      weight: 1.0\n      mask: masks/random.safetensors",
         "weight": "act\n{models}\n      weight: 1.0\n      mask: masks/weight.safetensors",
+        "sweep": "act\n{models}\n      weight: 1.0\n      mask: profiles/facts-*.safetensors\n      mask_density: 0.35",
         "task_arithmetic": "task_arithmetic\n{models}\n      weight: 0.5",
     }
     models = "base_model: ./models/target\nmodels:\n  - model: ./models/ability\n    parameters:"
@@ -114,7 +118,7 @@ def _write_inputs(out_dir: Path, rows: Sequence[Row]) -> None:
 
 
 def _run_commands(out_dir: Path, echo: Echo) -> None:
-    """Profile, mask and merge with the commands of a user, in ``out_dir``."""
+    """Profile, mask, merge, fine-tune and evaluate with the commands of a user, in ``out_dir``."""
     act = [sys.executable, "-m", "mergekit_act"]
     profiles = [f"profiles/{name}.safetensors" for name in RECOVERED]
     _run(out_dir, echo, [*act, "profile", "abilities.yml", "profiles", "--dtype", "float32"])
@@ -129,6 +133,15 @@ def _run_commands(out_dir: Path, echo: Echo) -> None:
     merge = str(Path(sys.executable).with_name("mergekit-yaml"))
     for name in ("act", "random", "weight", "task_arithmetic"):
         _run(out_dir, echo, [merge, f"configs/{name}.yml", f"./merged/{name}", "--quiet"], show_output=False)
+    if find_spec("trl") is not None:
+        for source, name in (("models/target", "sft"), ("merged/act", "act-sft")):
+            command = ["finetune", f"./{source}", "abilities.yml", f"tuned/{name}", *FINETUNING, "--dtype", "float32"]
+            _run(out_dir, echo, [*act, *command], show_output=False)
+    else:
+        echo('\nFine-tuning is left out, it needs TRL: pip install "mergekit-act[finetune]"')
+    tuned = [f"./tuned/{name}" for name in ("sft", "act-sft") if (out_dir / "tuned" / name).is_dir()]
+    models = ["./models/target", "./merged/act", *tuned]
+    _run(out_dir, echo, [*act, "evaluate", *models, "--abilities", "abilities.yml", "--dtype", "float32"])
 
 
 def _run(out_dir: Path, echo: Echo, command: Sequence[str], *, show_output: bool = True) -> None:
@@ -150,7 +163,10 @@ def _results(out_dir: Path, tokenizer: Any, rows: Sequence[Row]) -> str:
         "random": "merged/random",
         "weight": "merged/weight",
         "task arithmetic": "merged/task_arithmetic",
+        "SFT": "tuned/sft",
+        "ACT, SFT": "tuned/act-sft",
     }
+    folders = {name: folder for name, folder in folders.items() if (out_dir / folder).is_dir()}
     profiled = _profiled_questions(out_dir)
     held_out = [row for row in rows if (row.language, row.prompt) not in profiled]
     scores: dict[str, dict[tuple[str, str], float]] = {}
