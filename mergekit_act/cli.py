@@ -63,6 +63,19 @@ class _Table(click.ParamType):  # type: ignore[type-arg]
         return value
 
 
+def _printable(kind: str, text: str) -> Callable[..., Any]:
+    """An option whose value is a file; without a value it prints."""
+    return click.option(
+        f"--{kind}",
+        f"{kind}_out",
+        metavar="[FILE]",
+        is_flag=False,
+        flag_value="-",
+        type=_Table(f".{kind}"),
+        help=text,
+    )
+
+
 def _of_rank() -> str:
     """Which of several processes says it."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -107,10 +120,10 @@ _lora_merge_cache = click.option(
 _evaluation_device = click.option(
     "--device", help="Where models run: cuda, cpu, or auto to spread one over all there is.  [default: the accelerator]"
 )
-_evaluation_dtype = click.option(
+_dtype = click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="In which models run.  [default: bfloat16 where the device multiplies it natively, else float32]",
+    help="In which the models run.  [default: bfloat16 where the device multiplies it natively, else float32]",
 )
 
 
@@ -155,11 +168,7 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
     "of what a channel owns), random.",
 )
 @click.option("--device", help="Where the models run, such as cuda or cpu.  [default: the accelerator, if any]")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="In which the models run.  [default: bfloat16 where the device multiplies it natively, else float32]",
-)
+@_dtype
 @_batch_tokens
 @click.option(
     "--memory-budget",
@@ -357,27 +366,11 @@ def merge(arguments: tuple[str, ...]) -> None:
 @click.option("--ability", "names", metavar="NAME", multiple=True, help="Only this ability of the file. Repeatable.")
 @click.option("--generate/--no-generate", default=True, show_default=True, help="Answers too, for exact match.")
 @_evaluation_device
-@_evaluation_dtype
+@_dtype
 @_batch_tokens
 @click.option("--random-seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
-@click.option(
-    "--json",
-    "json_out",
-    metavar="[FILE]",
-    is_flag=False,
-    flag_value="-",
-    type=_Table(".json"),
-    help="All results as JSON, to a file, or instead of the table.",
-)
-@click.option(
-    "--csv",
-    "csv_out",
-    metavar="[FILE]",
-    is_flag=False,
-    flag_value="-",
-    type=_Table(".csv"),
-    help="The table's numbers as csv, likewise.",
-)
+@_printable("json", "All results as JSON, to a file, or instead of the table.")
+@_printable("csv", "The table's numbers as csv, likewise.")
 @click.option(
     "--predictions",
     metavar="FILE",

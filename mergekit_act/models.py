@@ -77,7 +77,7 @@ def check_samples_fit(checkpoint: Checkpoint, ability: AbilitySamples, tokenizer
     """
     where = f'ability "{ability.name}"'
     config = checkpoint.config.get_text_config()
-    used = sorted({int(token) for sample in ability.samples for token in sample.input_ids})
+    used = sorted(set().union(*(sample.input_ids.tolist() for sample in ability.samples)))
     if used[-1] >= config.vocab_size:
         raise ValueError(f"{where} has token id {used[-1]}; {checkpoint.reference} has 0 to {config.vocab_size - 1}")
     own = checkpoint.folder / "tokenizer.json"

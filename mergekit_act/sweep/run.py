@@ -26,13 +26,7 @@ from mergekit_act.checking.planning import check_before_planning, plan_merge
 from mergekit_act.checking.summary import count_moved
 from mergekit_act.checkpoints import Checkpoint, open_checkpoint
 from mergekit_act.devices import usable_device
-from mergekit_act.evaluation import (
-    HeldOut,
-    NotFiniteError,
-    collect_held_out,
-    generate_answers,
-    score_answers,
-)
+from mergekit_act.evaluation import HeldOut, NotFiniteError, collect_held_out, generate_answers, score_answers
 from mergekit_act.files import check_free, check_writable, write_atomically
 from mergekit_act.models import check_samples_fit, load_model
 from mergekit_act.recipes import keep_recipe
@@ -299,10 +293,9 @@ def _claim(out_dir: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
 
 def _common_dtype(checkpoints: Sequence[Checkpoint]) -> torch.dtype:
     """In which mergekit merges without a dtype, if that is one for all tensors."""
-    dtypes = {header.torch_dtype for checkpoint in checkpoints for header in checkpoint.headers.values()} - {None}
+    headers = (header for checkpoint in checkpoints for header in checkpoint.headers.values())
+    dtypes = {dtype for header in headers if (dtype := header.torch_dtype) is not None}
     if len(dtypes) != 1:
         shown = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ValueError(f'the models hold {shown}; say "dtype" in the config, in which they are merged')
-    (dtype,) = dtypes
-    assert dtype is not None
-    return dtype
+    return dtypes.pop()

@@ -25,13 +25,11 @@ class Roles:
 
     def of(self, values: Mapping[str, float]) -> tuple[float, float | None]:
         """The means over the abilities to recover and to keep; None if there are none to keep."""
-        means = [math.fsum(values[name] for name in names) / len(names) if names else None for names in self._all]
-        assert means[0] is not None  # a sweep without abilities to recover is refused
-        return means[0], means[1]
 
-    @property
-    def _all(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return self.recover, self.keep
+        def mean(names: Sequence[str]) -> float:
+            return math.fsum(values[name] for name in names) / len(names)
+
+        return mean(self.recover), mean(self.keep) if self.keep else None
 
 
 @dataclass(frozen=True)
