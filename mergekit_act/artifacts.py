@@ -28,6 +28,7 @@ __all__ = [
     "Profile",
     "load_artifact",
     "load_mask",
+    "load_metadata",
     "load_profile",
     "save_mask",
     "save_profile",
@@ -73,6 +74,19 @@ class Profile:
     data: Mapping[str, Any] = field(default_factory=dict)
     shared_rows: Mapping[str, int] = field(default_factory=dict)
 
+    def described(self) -> dict[str, Any]:
+        """Where it comes from, as masks record it: models, samples, data settings."""
+        return {
+            "ability": self.ability,
+            "criterion": self.criterion,
+            "target": dict(self.target),
+            "ability_model": dict(self.ability_model),
+            "samples": self.samples,
+            "answer_tokens": self.answer_tokens,
+            "dtype": self.dtype,
+            "data": {key: value for key, value in self.data.items() if key != "expert_tokens"},
+        }
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -81,7 +95,7 @@ class Mask:
     Attributes:
         channels: module -> bool ``[channels]`` (``[experts, channels]``), for modules with a selected channel.
         layout: what each channel owns.
-        sources: for each profile its file's ``sha256``, ``ability``, ``density``.
+        sources: for each profile its file's ``sha256``, ``ability``, ``density``, models, samples and data settings.
         operation: how the sources were put together.
         counts: of channels and parameters, selected and in all.
     """
@@ -199,7 +213,17 @@ def _save(
     write_atomically(path, content, overwrite=overwrite)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_metadata(path: str | Path) -> dict[str, Any]:
+    """What a profile or mask says of itself, without its tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ArtifactError: it is no complete file of ours of this format version.
+    """
+    return _read(Path(path), tensors=False)[0]
+
+
+def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if path.is_dir():
         raise FileNotFoundError(f"{path} is a folder; name the files in it, such as {path}/*.safetensors")
     if not path.is_file():
@@ -208,7 +232,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
             # Copies: a tensor that maps the file would change with it.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            read = {name: file.get_tensor(name).clone() for name in (file.keys() if tensors else ())}
     except SafetensorError as error:
         raise ArtifactError(f"{path} is not a complete safetensors file ({error}). Make it again.") from error
     if text is None:
@@ -226,7 +250,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     if metadata.get("kind") not in _PROVENANCE:
         raise ArtifactError(f'{path} is a "{metadata.get("kind")}"; expected a profile or a mask.')
-    return metadata, tensors
+    return metadata, read
 
 
 def _layout_from(metadata: Mapping[str, Any], path: Path) -> Layout:

@@ -65,6 +65,24 @@ class Layout:
         owned = sum(math.prod(self._shape(name)) for name, _ in self.parameters[module])
         return owned // math.prod(self.channel_shape(module))
 
+    def parameters_owned(self, counts: Mapping[str, int]) -> int:
+        """How many numbers a selection owns; a cell of a tied matrix is counted once.
+
+        Args:
+            counts: module -> how many of its channels are selected.
+        """
+        matrices: dict[str, dict[int, tuple[int, int]]] = {}  # parameter -> channel axis -> (selected, all)
+        for module, count in counts.items():
+            for name, axis in self.parameters[module]:
+                matrix = matrices.setdefault(self.tied_names(name)[0], {})
+                matrix[axis] = (count, math.prod(self.channel_shape(module)))
+        total = 0
+        for name, axes in matrices.items():
+            cells = math.prod(length for _, length in axes.values())
+            untouched = math.prod(length - selected for selected, length in axes.values())
+            total += (cells - untouched) * (math.prod(self._shape(name)) // cells)
+        return total
+
     def parameter_count(self) -> int:
         """Number of parameters of the model, a tied matrix counted once."""
         repeated = {name for group in self.tied for name in group[1:]}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ __all__ = [
     "excluded_modules",
     "make_mask",
     "overlap",
+    "rank_channels",
     "select_channels",
     "selected_count",
     "selected_parameters",
@@ -110,6 +112,37 @@ def select_channels(
 
     parts = zip(modules, torch.split(above, sizes), strict=True)
     return {module: part.reshape(profile.scores[module].shape).clone() for module, part in parts if part.any()}
+
+
+def rank_channels(profile: Profile, *, exclude: Sequence[str] = ()) -> Tensor:
+    """The place of every channel in the ranking by which ``select_channels`` selects.
+
+    Channels of rank below k are the top k. It costs one sort, and so serves many densities.
+
+    Args:
+        profile: the scores.
+        exclude: globs of modules that take no part.
+
+    Returns:
+        int64 ``[channels]``, all modules one behind the other in the layout's order, from 0. Channels that are never
+        selected have the number of channels, which no density reaches.
+
+    Raises:
+        ValueError: a glob matches no module.
+    """
+    modules = profile.layout.modules
+    excluded = excluded_modules(profile.layout, exclude)
+    scores = _flat(profile, modules)
+    eligible = torch.ones_like(scores, dtype=torch.bool)
+    for module, part in zip(modules, torch.split(eligible, [profile.scores[m].numel() for m in modules]), strict=True):
+        part[0 if module in excluded else profile.shared_rows.get(module, part.numel()) :] = False
+    # Bits of floats that are not negative sort as the floats do; the place behind them settles ties.
+    bits = (scores + 0.0).view(torch.int32).numpy().astype(np.int64)
+    order = np.sort(((0x7FFFFFFF - bits) << 32) | np.arange(len(bits))) & 0xFFFFFFFF
+    order = order[eligible.numpy()[order]]
+    ranks = np.full(len(bits), len(bits))
+    ranks[order] = np.arange(len(order))
+    return torch.from_numpy(ranks)
 
 
 def _flat(profile: Profile, modules: Sequence[str]) -> Tensor:
@@ -211,18 +244,8 @@ def selected_parameters(selection: Selection, layout: Layout, modules: Iterable[
         layout: what they own; it must know the parameters' shapes.
         modules: count only what these modules' channels own.
     """
-    matrices: dict[str, dict[int, tuple[int, int]]] = {}  # parameter -> channel axis -> (selected, all)
-    for module in selection if modules is None else modules:
-        for name, axis in layout.parameters[module]:
-            matrix = matrices.setdefault(layout.tied_names(name)[0], {})
-            matrix[axis] = (int(selection[module].sum()), selection[module].numel())
-    shapes = layout.shapes or {}
-    total = 0
-    for name, axes in matrices.items():
-        cells = math.prod(length for _, length in axes.values())
-        untouched = math.prod(length - selected for selected, length in axes.values())
-        total += (cells - untouched) * (math.prod(shapes[name]) // cells)
-    return total
+    counted = selection if modules is None else modules
+    return layout.parameters_owned({module: int(selection[module].sum()) for module in counted})
 
 
 def make_mask(
@@ -264,14 +287,8 @@ def make_mask(
         counts["parameters"] = selected_parameters(union, layout)
         counts["parameters_total"] = layout.parameter_count()
     sources = tuple(
-        {
-            "ability": profile.ability,
-            "criterion": profile.criterion,
-            "density": density,
-            "exclude": list(exclude),
-            "target": dict(profile.target),
-            "ability_model": dict(profile.ability_model),
-        }
+        profile.described()
+        | {"density": density, "exclude": list(exclude)}
         | ({"sha256": hashes[place]} if hashes else {})
         | ({} if retain is None else {"retain": _described(retain)})
         for place, profile in enumerate(profiles)
@@ -282,8 +299,7 @@ def make_mask(
 def _described(retain: Retention) -> dict[str, Any]:
     """What a mask records of the abilities that it spares."""
     abilities = [
-        {"ability": profile.ability, "target": dict(profile.target), "ability_model": dict(profile.ability_model)}
-        | ({"sha256": retain.hashes[place]} if retain.hashes else {})
+        profile.described() | ({"sha256": retain.hashes[place]} if retain.hashes else {})
         for place, profile in enumerate(retain.profiles)
     ]
     settings = {"ranking": retain.ranking, "strength": retain.strength, "density": retain.density}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from fractions import Fraction
 
@@ -16,6 +17,7 @@ from mergekit_act.selection import (
     Retention,
     make_mask,
     overlap,
+    rank_channels,
     select_channels,
     selected_count,
     selected_parameters,
@@ -55,6 +57,25 @@ def test_density_is_computed_exactly():
 def test_the_papers_one_percent():
     ones = profile({"m": [1.0] * 1_750_528})
     assert selected_count(select_channels(ones, 0.01)) == 17_505
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from([0.0, -0.0, 0.5, 1.0, 3e-41, 1e30]), min_size=1, max_size=6), min_size=1, max_size=4
+    ),
+    st.floats(0.01, 1),
+    st.booleans(),
+)
+def test_channels_of_rank_below_k_are_the_selected_ones(values, density, exclude_first):
+    modules = {f"m{place}": scores for place, scores in enumerate(values)}
+    scored = profile(modules, shared_rows={f"m{len(values) - 1}": 1})
+    exclude = ["m0"] if exclude_first and len(values) > 1 else []
+    selected = select_channels(scored, density, exclude=exclude)
+    taking_part = sum(len(scores) for module, scores in modules.items() if module not in exclude)
+    k = max(1, math.floor(validate_density(density) * taking_part))
+    none = {module: torch.zeros(len(scores), dtype=torch.bool) for module, scores in modules.items()}
+    expected = torch.cat([selected.get(module, none[module]) for module in modules])
+    assert torch.equal(rank_channels(scored, exclude=exclude) < k, expected)
 
 
 def test_ties_go_to_the_module_that_comes_first():

@@ -1,8 +1,11 @@
-"""What a layout, a profile or a mask holds, for people to read."""
+"""What channels, profiles, masks, evaluations and sweeps look like: listings, figures, a page."""
 
+from mergekit_act.report.canvas import can_draw
+from mergekit_act.report.curves import draw_losses, draw_sweep
+from mergekit_act.report.essentials import list_essentials
 from mergekit_act.report.evaluations import list_evaluation, list_sweep
-from mergekit_act.report.figures import can_draw, draw_losses, draw_sweep
-from mergekit_act.report.listings import list_channels, list_check, list_expert_tokens, list_mask, table
+from mergekit_act.report.listings import list_channels, list_check, list_expert_tokens, list_mask
+from mergekit_act.report.tables import table
 
 __all__ = [
     "can_draw",
@@ -10,6 +13,7 @@ __all__ = [
     "draw_sweep",
     "list_channels",
     "list_check",
+    "list_essentials",
     "list_evaluation",
     "list_expert_tokens",
     "list_mask",

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from mergekit_act.artifacts import Mask, Profile
 from mergekit_act.channels import Layout, kind_pattern
+from mergekit_act.report.tables import percent, shown_density, size, table
 from mergekit_act.selection import selected_parameters
 
 if TYPE_CHECKING:
     from mergekit_act.checking.summary import CheckSummary
 
-__all__ = ["list_channels", "list_check", "list_expert_tokens", "list_mask", "table"]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text: the first to the left, the others to the right.
-
-    >>> print(table(["a", "b"], [["x", "10"], ["yyy", "2"]]))
-    a     b
-    x    10
-    yyy   2
-    """
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for first, *others in (header, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
+__all__ = [
+    "describe_selection",
+    "head_module",
+    "head_warning",
+    "list_channels",
+    "list_check",
+    "list_expert_tokens",
+    "list_mask",
+]
 
 
 def list_channels(layout: Layout) -> str:
@@ -41,7 +35,7 @@ def list_channels(layout: Layout) -> str:
         channels = layout.channel_count(modules)
         owned = sorted({layout.parameters_per_channel(module) for module in modules})
         shown = f"{owned[0]:,}" if len(owned) == 1 else f"{owned[0]:,} to {owned[-1]:,}"
-        rows.append([kind, f"{len(modules):,}", f"{channels:,}", _percent(channels, total), shown])
+        rows.append([kind, f"{len(modules):,}", f"{channels:,}", percent(channels, total), shown])
     rows.append(["total", f"{len(layout.modules):,}", f"{total:,}", "100.00 %", ""])
     lines = [table(["module kind", "modules", "channels", "share", "parameters per channel"], rows), ""]
     lines.append(f"1 % of the channels: {total // 100:,}")
@@ -58,23 +52,71 @@ def list_mask(mask: Mask) -> str:
     for kind, modules in _by_kind(layout).items():
         chosen = [module for module in modules if module in mask.channels]
         selected = sum(int(mask.channels[module].sum()) for module in chosen)
-        row = [kind, f"{len(chosen):,}", f"{selected:,}", _percent(selected, selected_total)]
+        row = [kind, f"{len(chosen):,}", f"{selected:,}", percent(selected, selected_total)]
         if layout.shapes is not None:
             owned = selected_parameters(mask.channels, layout, chosen)
-            row += [_percent(selected, layout.channel_count(modules)), f"{owned:,}"]
+            row += [percent(selected, layout.channel_count(modules)), f"{owned:,}"]
         rows.append(row)
     header = ["module kind", "modules", "selected", "of selected"]
     lines = [table(header + (["of its kind", "parameters"] if layout.shapes is not None else []), rows), ""]
     channels = f"{selected_total:,} of {counts['channels_total']:,} channels"
-    lines.append(f"{channels} ({_percent(selected_total, counts['channels_total'])})")
+    lines.append(f"{channels} ({percent(selected_total, counts['channels_total'])})")
     if counts["channels_taking_part"] != counts["channels_total"]:
         taking_part = counts["channels_taking_part"]
-        lines.append(f"{_percent(selected_total, taking_part)} of the {taking_part:,} channels that were not excluded")
+        lines.append(f"{percent(selected_total, taking_part)} of the {taking_part:,} channels that were not excluded")
     if "parameters" in counts:
         parameters, everything = counts["parameters"], counts["parameters_total"]
-        lines.append(f"{parameters:,} of {everything:,} parameters ({_percent(parameters, everything)})")
+        lines.append(f"{parameters:,} of {everything:,} parameters ({percent(parameters, everything)})")
         lines.append(_without_channels(layout))
-    return "\n".join(lines)
+    warning = head_warning(layout, "mask", {module: int(chosen.sum()) for module, chosen in mask.channels.items()})
+    return "\n".join([*lines, *([f"warning: {warning}"] if warning else [])])
+
+
+def head_module(layout: Layout) -> str | None:
+    """The LM head: rows of a matrix that has the shape of an embedding, whose channels are columns."""
+    owned = {(module, name, axis) for module, pairs in layout.parameters.items() for name, axis in pairs}
+    shapes = layout.shapes or {}
+    embeddings = {shapes[name] for _, name, axis in owned if axis == 1 and len(shapes.get(name, ())) == 2}
+    heads = [module for module, name, axis in owned if axis == 0 and shapes.get(name) in embeddings]
+    outside = [module for module in heads if not re.search(r"\.\d+(\.|$)", module)]
+    return outside[0] if len(outside) == 1 else None
+
+
+def head_warning(layout: Layout, name: str, counts: Mapping[str, int]) -> str:
+    """What to think of a selection that sits in the LM head; empty if it does not.
+
+    Args:
+        layout: of the model.
+        name: of the selection.
+        counts: module -> how many of its channels are selected.
+    """
+    head = head_module(layout)
+    selected = sum(counts.values())
+    if head is None or 2 * counts.get(head, 0) <= selected:
+        return ""
+    return (
+        f"{name}: {percent(counts[head], selected)} of the selected channels are rows of the LM head ({head}), which "
+        f"crowd out the decoder layers. --exclude {head} leaves them out."
+    )
+
+
+def describe_selection(source: Mapping[str, Any]) -> str:
+    """How channels of a profile were selected, of what a mask records.
+
+    >>> describe_selection({"density": 0.05, "exclude": ["lm_head"]})
+    'top 5 % without lm_head'
+    """
+    density = source.get("density")
+    shown = f"top {shown_density(density)}" if isinstance(density, int | float) else "scores"
+    if source.get("exclude"):
+        shown += f" without {', '.join(source['exclude'])}"
+    retain = source.get("retain")
+    if retain:
+        spared = ", ".join(str(one.get("ability")) for one in retain.get("abilities", ()))
+        shown += f", sparing {spared} (not in the paper: ranked by {retain.get('ranking')}"
+        shown += f", strength {retain['strength']:g})" if retain.get("ranking") == "difference" else ")"
+        shown += f" and without the top {shown_density(retain['density'])} of these" if retain.get("density") else ""
+    return shown
 
 
 def list_expert_tokens(profile: Profile) -> str:
@@ -92,7 +134,7 @@ def list_check(summary: CheckSummary) -> str:
     rows = []
     for kind in summary.kinds:
         fate = "no channels: copied" if not kind.has_channels else "copied" if not kind.transferred else ""
-        moved = _percent(kind.moved, kind.parameters)
+        moved = percent(kind.moved, kind.parameters)
         rows.append([kind.kind, f"{kind.tensors:,}", f"{kind.transferred:,}", f"{kind.parameters:,}", fate or moved])
     parameters, moved_in_all = (sum(getattr(kind, key) for kind in summary.kinds) for key in ("parameters", "moved"))
     lines = [
@@ -101,10 +143,10 @@ def list_check(summary: CheckSummary) -> str:
         "",
         table(["tensor kind", "tensors", "transferred", "parameters", "moved"], rows),
         "",
-        f"{summary.selected:,} of {summary.channels:,} channels ({_percent(summary.selected, summary.channels)})",
-        f"{moved_in_all:,} of {parameters:,} parameters ({_percent(moved_in_all, parameters)})",
-        f"about {_size(summary.bytes_read)} read, {_size(summary.bytes_written)} written, "
-        f"{_size(summary.peak_memory)} of memory besides Python and PyTorch",
+        f"{summary.selected:,} of {summary.channels:,} channels ({percent(summary.selected, summary.channels)})",
+        f"{moved_in_all:,} of {parameters:,} parameters ({percent(moved_in_all, parameters)})",
+        f"about {size(summary.bytes_read)} read, {size(summary.bytes_written)} written, "
+        f"{size(summary.peak_memory)} of memory besides Python and PyTorch",
         *(f"note: {remark}" for remark in summary.remarks),
     ]
     return "\n".join(lines)
@@ -124,11 +166,3 @@ def _without_channels(layout: Layout) -> str:
     kinds = ", ".join(dict.fromkeys(kind_pattern(name) for name in without))
     count = sum(math.prod(shape) for shape in without.values())
     return f"parameters without channels, never transferred: {count:,} ({kinds})"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.2f} %" if whole else "none"

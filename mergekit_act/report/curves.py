@@ -1,0 +1,54 @@
+"""Pictures of sweeps and of training losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_act.report.canvas import COLOURS, MUTED, new_canvas, save_figure
+
+if TYPE_CHECKING:
+    from mergekit_act.sweep.run import SweepResult
+
+__all__ = ["draw_losses", "draw_sweep"]
+
+_MARKERS = "osD^vP*"
+
+
+def draw_sweep(result: SweepResult, out_dir: Path) -> list[Path]:
+    """What each point of a sweep keeps and recovers, with the frontier and the best point; sweep.svg and sweep.png."""
+    densities = sorted({score.point.density for score in result.scores if score.point})
+    legend = 0.2 * -(-(len(densities) + 3) // 3)
+    figure, axes = new_canvas(4.2, below=0.62 + legend, width=7)
+    for place, density in enumerate(densities):
+        some = [score for score in result.scores if score.point and score.point.density == density]
+        colour, marker = COLOURS[place % len(COLOURS)], _MARKERS[place // len(COLOURS) % len(_MARKERS)]
+        axes.scatter(
+            [score.keep or 0 for score in some],
+            [score.recover for score in some],
+            label=f"density {density:g}",
+            color=colour,
+            marker=marker,
+            zorder=3,
+        )
+    front = [(score.keep or 0, score.recover) for score in result.frontier]
+    axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1, zorder=2, label="frontier")
+    axes.scatter(result.target.keep or 0, result.target.recover, color=MUTED, marker="x", label="target", zorder=3)
+    if result.best is not None and result.best.point is not None:
+        x, y = result.best.keep or 0, result.best.recover
+        axes.scatter(x, y, s=160, facecolors="none", edgecolors="#d55e00", linewidths=2, zorder=4, label="best.yml")
+    axes.set_xlabel("kept: likelihood of an answer token")
+    axes.set_ylabel("recovered: likelihood of an answer token")
+    figure.legend(loc="lower left", fontsize="small", frameon=False, ncols=3)
+    return save_figure(figure, out_dir / "sweep")
+
+
+def draw_losses(steps: Sequence[int], losses: Sequence[float], out: Path) -> list[Path]:
+    """The training loss over optimizer steps; as svg and png."""
+    figure, axes = new_canvas(4.2, below=0.62, width=7)
+    axes.plot(steps, losses, color=COLOURS[0], linewidth=1.5)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per answer token")
+    axes.set_ylim(bottom=0)
+    return save_figure(figure, out)

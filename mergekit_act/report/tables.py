@@ -1,0 +1,89 @@
+"""Tables: for people on a page, as csv for programs, as text for the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+__all__ = ["Cell", "Row", "Table", "as_csv", "percent", "shown_density", "size", "table"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value and how it is shown; a second line says more."""
+
+    value: object
+    text: str
+    more: str = ""
+
+
+#: Plain text stands for itself, None for nothing.
+Row: TypeAlias = "list[Cell | str | None]"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report.
+
+    Attributes:
+        name: of its csv file.
+        caption: what it shows.
+        header: of all columns; the first column names the rows.
+        rows: what it shows; a table without is only a csv file.
+        csv_header: of the csv file, which has plain numbers.
+        csv_rows: likewise.
+    """
+
+    name: str
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Row]
+    csv_header: Sequence[str]
+    csv_rows: Sequence[Sequence[object]]
+
+
+def as_csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows as csv; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(["" if cell is None else cell for cell in row] for row in rows)
+    return text.getvalue()
+
+
+def percent(part: float, whole: float) -> str:
+    """A share, with two digits behind the point."""
+    return f"{100 * part / whole:.2f} %" if whole else "none"
+
+
+def shown_density(density: float) -> str:
+    """A density in percent.
+
+    >>> shown_density(0.005)
+    '0.5 %'
+    """
+    return f"{100 * density:g} %"
+
+
+def size(count: int) -> str:
+    """A number of bytes."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text: the first to the left, the others to the right.
+
+    >>> print(table(["a", "b"], [["x", "10"], ["yyy", "2"]]))
+    a     b
+    x    10
+    yyy   2
+    """
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for first, *others in (header, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
