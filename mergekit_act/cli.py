@@ -7,7 +7,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,18 @@ def _printable(kind: str, text: str) -> Callable[..., Any]:
         type=_Table(f".{kind}"),
         help=text,
     )
+
+
+@contextmanager
+def _quiet_checks() -> Iterator[None]:
+    """No warnings while a merge is planned: what it would log is in the summary."""
+    log = logging.getLogger("mergekit_act.checking")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _of_rank() -> str:
@@ -199,7 +212,7 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
 def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **options: Any) -> None:
     """Score every channel of a pair.
 
-    Writes one profile per ability of ABILITIES.yml to OUT_DIR.
+    Writes one profile per ability of ABILITIES.yml to OUT_DIR, and a README.md for the Hub.
 
     A run that is interrupted, even killed, goes on when the same command is given again; with other settings it is
     refused, and --overwrite starts anew. With several GPUs:
@@ -276,7 +289,8 @@ def mask(
 ) -> None:
     """Select the top channels of profiles.
 
-    Keeps the top channels of each PROFILE and writes their union as a mask.
+    Keeps the top channels of each PROFILE and writes their union as a mask, and beside it a README.md for the Hub if
+    there is none.
     """
     given = {"ranking": retain_ranking, "strength": retain_strength, "density": retain_density}
     given = {name: value for name, value in given.items() if value is not None}
@@ -287,6 +301,7 @@ def mask(
     if retain_strength is not None and retain_ranking not in (None, "difference"):
         raise ValueError(f"--retain-strength belongs to the ranking by difference, not by {retain_ranking}")
     from mergekit_act.artifacts import load_profile, save_mask
+    from mergekit_act.cards.files import write_folder_card
     from mergekit_act.files import check_free, file_hash
     from mergekit_act.report import list_mask
     from mergekit_act.selection import Retention, make_mask
@@ -299,7 +314,10 @@ def mask(
     hashes = [file_hash(path) for path in profiles]
     made = make_mask(loaded, density, exclude=exclude, hashes=hashes, retain=spared)
     save_mask(made, out, overwrite=overwrite)
+    readme = write_folder_card(out.parent)
     click.echo(list_mask(made))
+    if readme is not None:
+        click.echo(f"described for the Hub: {readme}")
 
 
 @main.command(context_settings={"ignore_unknown_options": True}, options_metavar="[OPTIONS] [OPTIONS OF mergekit-yaml]")
@@ -324,19 +342,15 @@ def check(arguments: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     from mergekit_act.report import list_check
 
     path, options = parse_check_arguments(arguments)
-    log = logging.getLogger("mergekit_act.checking")
-    level = log.level
-    log.setLevel(logging.ERROR)  # what a merge logs is in the summary
     try:
-        summary = check_config(path, options)
+        with _quiet_checks():
+            summary = check_config(path, options)
     except (ValueError, OSError) as error:
         if not as_json:
             raise
         problems = error.problems if isinstance(error, MergeConfigError) else [str(error)]
         click.echo(json.dumps({"problems": problems}, indent=2))
         raise SystemExit(1) from error
-    finally:
-        log.setLevel(level)
     click.echo(json.dumps(dataclasses.asdict(summary) | {"problems": []}, indent=2) if as_json else list_check(summary))
 
 
@@ -560,6 +574,94 @@ def finetune(
         quiet=quiet,
     )
     for path in written:
+        click.echo(path)
+
+
+@main.command()
+@click.argument("files", metavar="PROFILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    "out_dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write report.html there, each figure also as svg and png, each table also as csv.",
+)
+@click.option(
+    "--density",
+    type=float,
+    default=0.01,
+    show_default=True,
+    metavar="P",
+    help="Of the masks that are compared: 0.01 for the top 1 %.",
+)
+@click.option(
+    "--exclude",
+    metavar="MODULE-GLOB",
+    multiple=True,
+    help="Leave modules out, in the ranking and in the count, such as lm_head. Repeatable.",
+)
+@_overwrite
+@_common
+def report(
+    files: tuple[Path, ...],
+    out_dir: Path | None,
+    density: float,
+    exclude: tuple[str, ...],
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Show profiles and masks.
+
+    Without -o the essentials of each PROFILE, which may also be a mask, in a few lines.
+
+    With -o one page that compares the profiles of a backbone: distributions of scores, overlap between abilities and
+    between pairs, activations against weight changes (of a profile made with --criterion weight), where the channels
+    sit, what each density would move. It needs no network; matplotlib draws it (extra "plots").
+    """
+    if out_dir is None:
+        from mergekit_act.report import list_essentials
+
+        click.echo("\n\n".join(list_essentials(path, density=density, exclude=exclude) for path in files))
+        return
+    from mergekit_act.report.page import write_report
+
+    for warning in write_report(files, out_dir, density=density, exclude=exclude, overwrite=overwrite, quiet=quiet):
+        click.echo(f"warning: {warning}")
+    click.echo(out_dir / "report.html")
+
+
+@main.command(context_settings={"ignore_unknown_options": True}, options_metavar="[OPTIONS] [OPTIONS OF mergekit-yaml]")
+@click.argument("arguments", metavar="MERGED_DIR", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option(
+    "--evaluation",
+    metavar="FILE.json",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Results of mergekit-act evaluate --json, for the card and the Hub's model-index.",
+)
+@click.option("--evaluated-as", metavar="MODEL", help="The merged model's name in that file, if not its path.")
+@_overwrite
+@_common
+def card(arguments: tuple[str, ...], quiet: bool, **options: Any) -> None:
+    """Say on a merge's model card what was moved.
+
+    Extends the README.md that mergekit wrote to MERGED_DIR: method, models, abilities and their data, what was moved,
+    how to make it again. Copies the masks into it, with act.yml and abilities.yml. Run it where the merge was run, with
+    the options of mergekit-yaml that it was given. The same command again changes nothing; parts of the card that
+    others wrote stay.
+    """
+    from mergekit_act import autoload
+
+    autoload.install()
+    from mergekit_act.cards.merged import write_merge_card
+    from mergekit_act.checking.summary import parse_check_arguments
+
+    merged_dir, merge_options = parse_check_arguments(arguments)
+    with _quiet_checks():
+        written = write_merge_card(Path(merged_dir), merge_options, **options)
+    for remark in written.remarks:
+        click.echo(f"note: {remark}")
+    for path in written.files:
         click.echo(path)
 
 

@@ -1,7 +1,11 @@
-"""A small server that speaks as much of the Hub's protocol as its own client needs to read a model repository."""
+"""A small server that speaks as much of the Hub's protocol as its own client needs for a model repository.
+
+Reading; and uploads, small files in the commit, safetensors through LFS, README.md checked as the Hub checks it.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -11,6 +15,8 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import yaml
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -28,6 +34,63 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer(body=False)
 
+    def do_POST(self) -> None:
+        """Create a repository, validate a card, say how files are uploaded, commit."""
+        parts = urlsplit(self.path).path.strip("/").split("/")
+        self.log.append(self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if parts == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            self._json({"url": f"http://{self.headers['Host']}/{asked['organization']}/{asked['name']}"})
+        elif parts == ["api", "validate-yaml"]:
+            self._json({"errors": [], "warnings": _card_warnings(json.loads(body)["content"])})
+        elif parts[4:5] == ["preupload"]:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = ["lfs" if name.endswith(".safetensors") else "regular" for name in names]
+            files = [
+                {"path": name, "uploadMode": mode, "shouldIgnore": False}
+                for name, mode in zip(names, modes, strict=True)
+            ]
+            self._json({"files": files})
+        elif parts[-2:] == ["objects", "batch"]:
+            objects = json.loads(body)["objects"]
+            for found in objects:
+                found["actions"] = {"upload": {"href": f"http://{self.headers['Host']}/lfs/{found['oid']}"}}
+            self._json({"transfer": "basic", "objects": objects})
+        elif parts[4:5] == ["commit"]:
+            self._commit(self.root.joinpath(*parts[2:4]), [json.loads(line) for line in body.splitlines()])
+            self._json(
+                {"commitUrl": f"http://{self.headers['Host']}/{'/'.join(parts[2:4])}/commit/{COMMIT}"}
+                | {"commitOid": COMMIT}
+            )
+        else:
+            self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def do_PUT(self) -> None:
+        """An LFS object."""
+        path = self.root.parent / "lfs" / urlsplit(self.path).path.rsplit("/", 1)[1]
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(self.rfile.read(int(self.headers["Content-Length"])))
+        self._send(200, b"")
+
+    def _commit(self, folder: Path, lines: list[dict]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] in ("file", "lfsFile"):
+                path = folder / value["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lfs = line["key"] == "lfsFile"
+                content = (
+                    (self.root.parent / "lfs" / value["oid"]).read_bytes()
+                    if lfs
+                    else base64.b64decode(value["content"])
+                )
+                assert not lfs or hashlib.sha256(content).hexdigest() == value["oid"]
+                path.write_bytes(content)
+
+    def _json(self, content: object) -> None:
+        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
     def log_message(self, *_args) -> None:
         pass
 
@@ -43,14 +106,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, parts: list[str]) -> None:
         folder = self.root.joinpath(*parts[:2])
-        files = sorted(path for path in folder.iterdir()) if folder.is_dir() else []
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
         if not files:
             self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
         elif parts[2:3] == ["tree"]:
-            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _etag(f)} for f in files]
+            tree = [
+                {"type": "file", "path": str(f.relative_to(folder)), "size": f.stat().st_size, "oid": _etag(f)}
+                for f in files
+            ]
             self._send(200, json.dumps(tree).encode())
         else:
-            siblings = [{"rfilename": path.name} for path in files]
+            siblings = [{"rfilename": str(path.relative_to(folder))} for path in files]
             info = {"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
             self._send(200, json.dumps(info).encode())
 
@@ -66,8 +132,14 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if body and self.command == "GET":
+        if body and self.command != "HEAD":
             self.wfile.write(content)
+
+
+def _card_warnings(content: str) -> list[dict[str, str]]:
+    """The Hub warns of cards without metadata."""
+    metadata = yaml.safe_load(content.split("---")[1]) if content.startswith("---") else None
+    return [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
 
 
 def _etag(path: Path) -> str:

@@ -100,7 +100,7 @@ def test_profile_refuses_before_it_loads_models(tmp_path, sums_file):
     assert (tmp_path / "out" / "x.safetensors").read_text() == "mine"
     result = invoke("profile", tmp_path / "a.yml", tmp_path / "new", "--criterion", "weight")
     assert result.exit_code == 0, result.output
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["weight.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["README.md", "weight.safetensors"]
     result = invoke("profile", tmp_path / "a.yml", tmp_path / "other", "--device", "nonsense")
     assert result.output.startswith('Error: device "nonsense" cannot be used here: ')
     same = (tmp_path / "a.yml").read_text().replace(str(ability), str(target))

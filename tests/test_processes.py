@@ -39,7 +39,7 @@ def test_processes_share_the_samples_and_one_may_have_none(two_abilities, tmp_pa
     assert done.returncode == 0, done.stderr
     names = ["one.safetensors", "two.safetensors"]
     assert done.stdout.splitlines() == [f"{tmp_path}/many/{name}" for name in names]
-    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["README.md", *names]
     write_profiles(load_abilities(two_abilities), tmp_path / "alone", dtype="float32", quiet=True)
     for name in names:
         many, alone = (load_profile(tmp_path / folder / name) for folder in ("many", "alone"))
@@ -61,7 +61,11 @@ def test_a_process_that_dies_ends_the_run_without_a_profile(two_abilities, tmp_p
     assert "other settings: processes was 2, is 1" in refused.stderr
     done = torchrun(2, "-m", "mergekit_act", *command)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["one.safetensors", "two.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "one.safetensors",
+        "two.safetensors",
+    ]
     write_profiles(load_abilities(two_abilities), tmp_path / "alone", dtype="float32", batch_tokens=60, quiet=True)
     for name in ("one", "two"):
         many, alone = (load_profile(tmp_path / folder / f"{name}.safetensors") for folder in ("out", "alone"))

@@ -33,7 +33,7 @@ def test_commands_and_options_in_the_readme_exist():
 
 
 def test_links_to_files_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+    for target in re.findall(r"""(?:\]\(|src="|srcset=")([^)"#]+)""", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 

@@ -54,7 +54,7 @@ def test_killed_and_interrupted_runs_give_the_same_bytes(two_abilities, tmp_path
     (ended / ".profile.state.abc.tmp").write_bytes(b"half")  # as a kill while it is written leaves it
     code = CliRunner().invoke(main, ["profile", str(two_abilities), str(ended), *SETTINGS])
     assert code.exit_code == 0, code.output
-    assert sorted(path.name for path in ended.iterdir()) == ["one.safetensors", "two.safetensors"]
+    assert sorted(path.name for path in ended.iterdir()) == ["README.md", "one.safetensors", "two.safetensors"]
     for name in ("one", "two"):
         assert (ended / f"{name}.safetensors").read_bytes() == (whole / f"{name}.safetensors").read_bytes()
 
@@ -161,7 +161,7 @@ def test_a_run_that_was_ended_while_it_wrote_profiles_writes_them(two_abilities,
     run = CliRunner().invoke(main, ["profile", str(two_abilities), str(out), *SETTINGS])
     assert run.exit_code == 0, run.output
     assert (out / "one.safetensors").read_bytes() == first
-    assert sorted(path.name for path in out.iterdir()) == ["one.safetensors", "two.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "one.safetensors", "two.safetensors"]
 
 
 @pytest.mark.parametrize("where", ["closing", "restoring"])

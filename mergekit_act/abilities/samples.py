@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -118,6 +119,7 @@ def collect_samples(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> A
     if empty:
         raise ValueError(f'ability "{name}": {empty} of {len(kept)} samples have no answer tokens')
     settings = ability.model_dump(exclude={"role", "evaluate"}) | {
+        "on_hub": not Path(ability.dataset).exists(),
         "max_length": file.max_length,
         "template": file.template,
         "system": file.system,

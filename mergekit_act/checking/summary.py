@@ -30,7 +30,15 @@ from mergekit_act.merging import TensorSelection, channels_along, is_ours
 from mergekit_act.merging.mapped import PAGE, private_bytes
 from mergekit_act.merging.methods import METHOD
 
-__all__ = ["CheckSummary", "TensorKind", "check_config", "count_moved", "parse_check_arguments"]
+__all__ = [
+    "CheckSummary",
+    "ModuleSelection",
+    "TensorKind",
+    "UsedMask",
+    "check_config",
+    "count_moved",
+    "parse_check_arguments",
+]
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,36 @@ class TensorKind:
 
 
 @dataclass(frozen=True)
+class ModuleSelection:
+    """A module of the output.
+
+    Attributes:
+        module: its name.
+        channels: how many it has.
+        selected: how many of these are selected, by any ability model.
+    """
+
+    module: str
+    channels: int
+    selected: int
+
+
+@dataclass(frozen=True)
+class UsedMask:
+    """A mask setting of the config, as it reaches the method.
+
+    Attributes:
+        model: the ability model.
+        mask: the files, as the config names them.
+        mask_density: of profiles.
+    """
+
+    model: str
+    mask: str
+    mask_density: float | None
+
+
+@dataclass(frozen=True)
 class CheckSummary:
     """What a merge would do.
 
@@ -63,6 +101,9 @@ class CheckSummary:
         target: the base model.
         ability_models: in the config's order.
         kinds: of the output's tensors, in its order.
+        modules: of the output that have channels.
+        masks: that are used, in the config's order.
+        weights: ability model -> the different weights it has over tensors, ascending; empty for methods without.
         channels: of the output's modules.
         selected: how many of these are selected, by any ability model.
         bytes_read: from the files of all models, estimated.
@@ -76,6 +117,9 @@ class CheckSummary:
     target: str
     ability_models: tuple[str, ...]
     kinds: tuple[TensorKind, ...]
+    modules: tuple[ModuleSelection, ...]
+    masks: tuple[UsedMask, ...]
+    weights: dict[str, tuple[float, ...]]
     channels: int
     selected: int
     bytes_read: int
@@ -143,7 +187,8 @@ def _summarize(check: PlanCheck, remarks: list[str]) -> CheckSummary:
     for tensor in check.tensors:
         kinds.setdefault(kind_pattern(tensor.name), []).append(tensor)
     counted = tuple(_count(kind, tensors, check) for kind, tensors in kinds.items())
-    channels, selected = _count_channels(check)
+    modules = _count_channels(check)
+    selected = sum(module.selected for module in modules)
     if not selected:
         remarks.append("nothing will be moved: no channel with a weight is selected")
     return CheckSummary(
@@ -151,7 +196,10 @@ def _summarize(check: PlanCheck, remarks: list[str]) -> CheckSummary:
         target=", ".join(map(str, check.bases)),
         ability_models=tuple(map(str, check.models)),
         kinds=counted,
-        channels=channels,
+        modules=modules,
+        masks=tuple(UsedMask(str(model), setting, density) for model, setting, density in check.masks),
+        weights={str(model): _weights(check, model) for model in check.models},
+        channels=sum(module.channels for module in modules),
         selected=selected,
         bytes_read=sum(_bytes_read(tensor, check) for tensor in check.tensors),
         bytes_written=sum(_bytes_written(tensor, check) for tensor in check.tensors),
@@ -175,23 +223,35 @@ def _count(kind: str, tensors: Sequence[PlannedTensor], check: PlanCheck) -> Ten
 
 def count_moved(check: PlanCheck) -> tuple[int, int]:
     """How many channels are selected, and how many numbers they own in the output."""
-    return _count_channels(check)[1], sum(_cells(tensor) for tensor in check.tensors)
+    return sum(module.selected for module in _count_channels(check)), sum(_cells(tensor) for tensor in check.tensors)
 
 
-def _count_channels(check: PlanCheck) -> tuple[int, int]:
+def _weights(check: PlanCheck, model: ModelReference) -> tuple[float, ...]:
+    found = {tensor.settings[model].get("weight") for tensor in check.tensors if model in tensor.settings}
+    return tuple(sorted(float(weight) for weight in found if weight is not None))
+
+
+def _count_channels(check: PlanCheck) -> tuple[ModuleSelection, ...]:
     """Channels of the output's modules, and how many of them are selected."""
     tensor_of: dict[str, list[PlannedTensor]] = {}
     for tensor in check.tensors:
         for name in tensor.sources:
             tensor_of.setdefault(name, []).append(tensor)
-    channels = selected = 0
+    found: list[tuple[int, ModuleSelection]] = []
+    order = {tensor.name: place for place, tensor in enumerate(check.tensors)}
+    names: set[str] = set()
     owned = {module: (layout, names[0]) for layout in check.layouts for module, names in layout.parameters.items()}
-    for layout, (name, axis) in owned.values():
+    for module, (layout, (name, axis)) in owned.items():
         for tensor in next((tensor_of[tied] for tied in (name, *layout.tied_names(name)) if tied in tensor_of), ()):
             shape, chosen = _shape(tensor), _union(tensor).get(axis)
-            channels += math.prod(channels_along(axis, shape, 2 if len(shape) == 3 else 1))
-            selected += 0 if chosen is None else int(chosen.sum())
-    return channels, selected
+            channels = math.prod(channels_along(axis, shape, 2 if len(shape) == 3 else 1))
+            # A tied matrix is one tensor and two modules; a slice's layer has another number than its source.
+            own = module if name not in tensor.sources else tensor.name.removesuffix(name.removeprefix(module))
+            own = module if own in names else own
+            names.add(own)
+            selection = ModuleSelection(own, channels, 0 if chosen is None else int(chosen.sum()))
+            found.append((order[tensor.name], selection))
+    return tuple(selection for _, selection in sorted(found, key=lambda placed: placed[0]))
 
 
 def _union(tensor: PlannedTensor) -> dict[int, Tensor]:

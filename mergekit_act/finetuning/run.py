@@ -25,9 +25,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from mergekit_act import __version__
 from mergekit_act.abilities import AbilitiesFile, AbilitySamples, Tokenizers, collect_samples
+from mergekit_act.cards.finetuned import write_finetuned_card
 from mergekit_act.checkpoints import Checkpoint, open_checkpoint
 from mergekit_act.files import check_writable, write_atomically
-from mergekit_act.finetuning.card import write_card
 from mergekit_act.finetuning.recipe import Recipe
 from mergekit_act.finetuning.trainer import DivergedError, all_finite, build_settings, build_trainer, writing
 from mergekit_act.models import broken_weight, check_samples_fit, load_model
@@ -217,7 +217,9 @@ class _Run:
         (saving / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (saving / "training_args.bin").unlink(missing_ok=True)
         self.tokenizer.save_pretrained(saving)
-        write_card(saving / "README.md", self.out.resolve().name, self.checkpoint, self.abilities, self.recipe, _RECIPE)
+        write_finetuned_card(
+            saving / "README.md", self.out.resolve().name, self.checkpoint, self.abilities, self.recipe, _RECIPE
+        )
 
 
 def _claim(out: Path, settings: Mapping[str, Any], overwrite: bool) -> None:

@@ -42,7 +42,8 @@ def profile_without_data(pair: ModelPair, criterion: str, *, random_seed: int = 
         ability=criterion,
         target=pair.target.describe(),
         ability_model=pair.ability_model.describe(),
-        data={"random_seed": random_seed} if criterion == "random" else {},
+        data=({"random_seed": random_seed} if criterion == "random" else {})
+        | ({"exclude": list(pair.exclude)} if pair.exclude else {}),
         shared_rows=pair.shared_rows,
     )
 

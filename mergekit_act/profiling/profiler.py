@@ -72,7 +72,9 @@ def profile_pair(
     share = Pass(pair, device, dtype, batches, names, memory_budget, processes.local_count)
     share.run(every_sums, saved, save_every, quiet=quiet or processes.rank > 0)
     processes.add_up(every_sums)
-    return [_profile(pair, ability, sums, dtype) for ability, sums in zip(abilities, every_sums, strict=True)]
+    return [
+        _profile(pair, ability, sums, dtype, batch_tokens) for ability, sums in zip(abilities, every_sums, strict=True)
+    ]
 
 
 def run_settings(
@@ -118,7 +120,9 @@ def _check_samples(abilities: Sequence[AbilitySamples], pair: ModelPair) -> None
                 )
 
 
-def _profile(pair: ModelPair, ability: AbilitySamples, sums: DifferenceSums, dtype: torch.dtype) -> Profile:
+def _profile(
+    pair: ModelPair, ability: AbilitySamples, sums: DifferenceSums, dtype: torch.dtype, batch_tokens: int
+) -> Profile:
     unscored = [module for module, count in sums.counts.items() if not count]
     if unscored:
         raise ValueError(
@@ -136,6 +140,7 @@ def _profile(pair: ModelPair, ability: AbilitySamples, sums: DifferenceSums, dty
         answer_tokens=ability.answer_tokens,
         dtype=str(dtype).removeprefix("torch."),
         data=ability.data
+        | {"batch_tokens": batch_tokens}
         | ({"exclude": list(pair.exclude)} if pair.exclude else {})
         | ({"expert_tokens": sums.expert_tokens} if sums.expert_tokens else {}),
         shared_rows=pair.shared_rows,

@@ -1,0 +1,90 @@
+"""The card of a fine-tuned model: which recipe it was made with, and what had been moved into it before."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_act import __version__
+from mergekit_act.abilities import AbilitySamples
+from mergekit_act.cards.markdown import (
+    PAPER,
+    TITLE,
+    Readme,
+    add_values,
+    block_of,
+    is_hub_dataset,
+    link_dataset,
+    link_model,
+    on_hub,
+    read_readme,
+    table,
+)
+from mergekit_act.checkpoints import Checkpoint
+
+if TYPE_CHECKING:
+    from mergekit_act.finetuning.recipe import Recipe
+
+__all__ = ["write_finetuned_card"]
+
+
+LOG = logging.getLogger(__name__)
+
+
+def write_finetuned_card(
+    path: Path, name: str, checkpoint: Checkpoint, abilities: Sequence[AbilitySamples], recipe: Recipe, settings: str
+) -> None:
+    """Write a model card.
+
+    Args:
+        path: of the card.
+        name: of the trained model.
+        checkpoint: the model that was trained.
+        abilities: the samples it was trained on.
+        recipe: how.
+        settings: name of the file that has all settings.
+    """
+    described = checkpoint.describe()
+    metadata: dict[str, Any] = {"library_name": "transformers"}
+    add_values(metadata, "base_model", on_hub(described))
+    data = (str(ability.data["dataset"]) for ability in abilities if is_hub_dataset(ability.data))
+    add_values(metadata, "datasets", data)
+    add_values(metadata, "tags", ["mergekit-act", "sft"])
+    counts = table(
+        ["ability", "data", "samples", "answer tokens"],
+        [[a.name, link_dataset(a.data), f"{len(a.samples):,}", f"{a.answer_tokens:,}"] for a in abilities],
+        left=2,
+    )
+    made_with = f"mergekit-act {__version__}, " + ", ".join(
+        f"{shown} {version(package)}"
+        for shown, package in (("TRL", "trl"), ("Transformers", "transformers"), ("PyTorch", "torch"))
+    )
+    text = (
+        f"# {name}\n\n"
+        f"{link_model(described)}, fine-tuned on the answers of a few samples per ability, the last stage of ACT\n"
+        f"([{TITLE}]({PAPER})).\n\n"
+        f"{counts}\n\n"
+        f"Full-parameter supervised fine-tuning on answer tokens: Adam, learning rate {recipe.learning_rate:g} "
+        f"({recipe.scheduler}), {recipe.epochs:g} epochs, an update per {recipe.batch_size} samples, gradients clipped "
+        f"at 1, computed in {recipe.dtype}, weights kept in {recipe.master_dtype}, seed {recipe.random_seed}. All "
+        f"settings are in `{settings}`, the loss in `loss.csv`.\n\nMade with {made_with}.\n"
+    )
+    card = Readme("", "").changed(metadata, text + _transferred(checkpoint.folder / "README.md"), path)
+    path.write_text(card, encoding="utf-8")
+
+
+def _transferred(card: Path) -> str:
+    """What the card of the model that was trained says of the transfer, without the files beside it."""
+    try:
+        readme = read_readme(card)
+    except ValueError as error:  # no reason to lose a training
+        LOG.warning("the card says nothing of what was moved before: %s", error)
+        return ""
+    block = None if readme is None else block_of(readme.text, "transfer")
+    if block is None:
+        return ""
+    told = block.partition("### Make it again")[0].replace("## ", "## Before the fine-tuning: ", 1)
+    return "\n" + "\n".join(line for line in told.splitlines() if not line.startswith("![")) + "\n"

@@ -1,0 +1,281 @@
+"""README.md files with Hub metadata, of which a marked part is ours and the rest somebody else's."""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import CardData
+
+from mergekit_act.files import write_atomically
+
+__all__ = [
+    "HUB_ID",
+    "PAPER",
+    "TITLE",
+    "Readme",
+    "add_values",
+    "block_of",
+    "code",
+    "is_hub_dataset",
+    "link_dataset",
+    "link_file",
+    "link_model",
+    "on_hub",
+    "parse_readme",
+    "plain",
+    "read_readme",
+    "replace_block",
+    "table",
+    "write_readme",
+]
+
+PAPER = "https://arxiv.org/abs/2601.09398"
+TITLE = "Ability Transfer and Recovery via Modularized Parameters Localization"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Readme:
+    """A README.md.
+
+    Attributes:
+        front: its YAML block, as it is written.
+        text: what stands behind it.
+    """
+
+    front: str
+    text: str
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the block says."""
+        return yaml.safe_load(self.front) or {}
+
+    def changed(self, metadata: Mapping[str, Any], text: str, where: object) -> str:
+        """The file with other metadata and text; of the block only the keys that differ are written anew.
+
+        Raises:
+            ValueError: the Hub's parser refuses the metadata.
+        """
+        log = logging.getLogger("huggingface_hub.repocard")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
+            front = _edited(self.front, self.metadata, metadata)
+            if yaml.safe_load(front) != dict(metadata):
+                raise ValueError("it can't be edited line by line; write it in plain block style")
+            content = f"---\n{front}---\n{text}"
+            ModelCard(content)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"{where} has metadata that can't be continued, or that the Hub does not take: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        finally:
+            log.setLevel(level)
+        return content
+
+
+def read_readme(path: Path) -> Readme | None:
+    """A README.md; None if there is none. Lines may end as on Windows.
+
+    Raises:
+        ValueError: its metadata can't be read.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return parse_readme(path.read_text(encoding="utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error})") from error
+
+
+def parse_readme(content: str, where: object) -> Readme:
+    """The two parts of a README.md.
+
+    Raises:
+        ValueError: its metadata can't be read.
+    """
+    match = re.match(r"\s*---[ \t]*\n(.*?\n)??---[ \t]*(?:\n|$)", content, re.DOTALL)
+    front, text = ((match.group(1) or ""), content[match.end() :]) if match else ("", content)
+    try:
+        metadata = yaml.safe_load(front) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} has metadata that cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(metadata, dict) or not all(isinstance(key, str) for key in metadata):
+        raise ValueError(f"{where} has metadata that cannot be read: expected a mapping with names for keys")
+    return Readme(front, text)
+
+
+def write_readme(path: Path, content: str) -> None:
+    """Write a README.md whose text has changed, with the line ends that the file has."""
+    old = path.read_bytes() if path.is_file() else b""
+    windows = 2 * old.count(b"\r\n") > old.count(b"\n")
+    written = content.replace("\n", "\r\n") if windows else content
+    if written.encode() != old.removeprefix(codecs.BOM_UTF8):
+        write_atomically(path, written.encode(), overwrite=True)
+
+
+_KEY = re.compile(r"""((?:[^\s#'"\-][^:\n]*|"[^"\n]*"|'[^'\n]*')\s*:)(?:\s|$)""")
+_ITEM = re.compile(r"(\s*)- ")
+
+
+def _edited(front: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """A YAML block with some keys changed; the lines of others, and comments, stay as they are."""
+    parts: list[list[str]] = [[]]
+    for line in front.splitlines(keepends=True):
+        if _KEY.match(line):
+            parts.append([])
+        parts[-1].append(line)
+    kept = list(parts[0])
+    for lines in parts[1:]:
+        match = _KEY.match(lines[0])
+        key = next(iter(yaml.safe_load(f"{match.group(1)} 0"))) if match else ""
+        if key in after and before.get(key) == after[key]:
+            kept += lines
+            continue
+        behind = next((i for i, line in enumerate(reversed(lines)) if line.strip() and line.strip()[0] != "#"), 0)
+        own, trailing = lines[: len(lines) - behind], lines[len(lines) - behind :]
+        if key in after:
+            item = _ITEM.match(own[-1])
+            kept += _longer(own, item.group(1), before.get(key), after[key]) if item else [_dumped({key: after[key]})]
+        kept += trailing
+    added = {key: value for key, value in after.items() if key not in before}
+    return "".join(kept) + (_dumped(added) if added else "")
+
+
+def _longer(lines: Sequence[str], indent: str, before: Any, after: Any) -> list[str]:
+    """The lines of a list with items behind those that are there, or anew."""
+    key = lines[0].partition(":")[0]
+    if isinstance(before, list) and isinstance(after, list) and after[: len(before)] == before:
+        added = [_dumped({"x": [item]}).partition("\n")[2] for item in after[len(before) :]]
+        if all(item.count("\n") == 1 for item in added):
+            return [*lines, *(indent + item.lstrip() for item in added)]
+    return [key + _dumped({"x": after})[1:]]
+
+
+def _dumped(values: Mapping[str, Any]) -> str:
+    return f"{CardData(**values).to_yaml()}\n"
+
+
+def replace_block(text: str, name: str, block: str, *, before: str | None = None) -> str:
+    """Put a marked block into a text: in place of the one that is there, before a heading, or at the end.
+
+    Args:
+        text: Markdown.
+        name: of the block.
+        block: Markdown.
+        before: a line.
+
+    Raises:
+        ValueError: the text has the beginning of the block and not its end.
+    """
+    begin, end = _marks(name)
+    block = block.replace("<!-- mergekit-act", "<!- mergekit-act")
+    marked = f"{begin}\n{block.strip()}\n{end}"
+    if begin in text:
+        head, _, rest = text.partition(begin)
+        _, found, tail = rest.partition(end)
+        if not found:
+            raise ValueError(f'the line "{end}" is missing; put it back where the part of mergekit-act ends')
+        return head + marked + tail
+    lines = text.splitlines(keepends=True)
+    place = next((i for i, line in enumerate(lines) if before is not None and line.rstrip() == before), len(lines))
+    head, tail = "".join(lines[:place]), "".join(lines[place:])
+    return head.rstrip("\n") + "\n\n" + marked + "\n" + (f"\n{tail}" if tail else "")
+
+
+def block_of(text: str, name: str) -> str | None:
+    """The content of a marked block; None if there is none."""
+    begin, end = _marks(name)
+    _, found, rest = text.partition(begin)
+    return rest.partition(end)[0] if found else None
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- mergekit-act {name}: begin -->", f"<!-- mergekit-act {name}: end -->"
+
+
+def add_values(metadata: dict[str, Any], key: str, values: Iterable[str]) -> None:
+    """Add to a list of the metadata what is not in it yet.
+
+    Raises:
+        ValueError: what is there is no list.
+    """
+    present = metadata.get(key) or []
+    present = [present] if isinstance(present, str) else present
+    if not isinstance(present, list):
+        raise ValueError(f'its metadata has "{key}: {present}"; expected a list')
+    added = [*present, *(value for value in dict.fromkeys(values) if value not in present)]
+    if added:
+        metadata[key] = added
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table; the first columns to the left, the others to the right."""
+    lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plain(text: object) -> str:
+    """A name from a file, as text in Markdown: on one line, without markup."""
+    return re.sub(r"[|<`\\*\[\]]", lambda match: f"&#{ord(match.group())};", " ".join(str(text).split()))
+
+
+def code(text: object) -> str:
+    """A name from a file, as code in Markdown."""
+    shown = " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
+    return f"`{shown}`"
+
+
+def link_file(name: str) -> str:
+    """A link to a file beside the card."""
+    return f"[{plain(name)}]({quote(name)})"
+
+
+def link_model(model: Mapping[str, Any]) -> str:
+    """A model as profiles describe it, linked if it is on the Hub; of a local folder the name."""
+    base, _, lora = str(model.get("model")).partition("+")
+    revision = model.get("revision")
+    if revision is None or not HUB_ID.fullmatch(base):
+        return code(model.get("model"))
+    return f"[{plain(base)}](https://huggingface.co/{base}/tree/{revision})" + (f" + {code(lora)}" if lora else "")
+
+
+def on_hub(model: Mapping[str, Any]) -> list[str]:
+    """The Hub ids of a model as profiles describe it: of a LoRA two; none of a local folder."""
+    names = str(model.get("model")).split("+") if model.get("revision") else []
+    return [name for name in names if HUB_ID.fullmatch(name)]
+
+
+def link_dataset(data: Mapping[str, Any]) -> str:
+    """A data set as profiles describe it, with its filter; linked if it is on the Hub, of a local one the name."""
+    if data.get("dataset") is None:
+        return ""
+    name = str(data["dataset"])
+    shown = code(Path(name).name)
+    if is_hub_dataset(data):
+        shown = f"[{plain(name)}](https://huggingface.co/datasets/{name})"
+    chosen = [
+        f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in _where(data)
+    ]
+    return ", ".join([shown, *map(plain, chosen)])
+
+
+def _where(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    where = data.get("where")
+    return list(where.items()) if isinstance(where, dict) else []
+
+
+def is_hub_dataset(data: Mapping[str, Any]) -> bool:
+    """Whether a data set was loaded from the Hub."""
+    return bool(data.get("on_hub")) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(data.get("dataset"))) is not None

@@ -1,0 +1,190 @@
+"""How the masks of a merge are made again from data: abilities files, commands, versions."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_act import __version__
+from mergekit_act.abilities.schema import AbilitiesFile, Ability
+from mergekit_act.artifacts import Mask
+from mergekit_act.cards.masks import MaskFile, Source
+
+__all__ = ["Recipe", "requirements"]
+
+
+def requirements() -> list[str]:
+    """What pip installs to have the versions that are installed here."""
+    packages = ("mergekit", "torch", "transformers")
+    return [f"mergekit-act=={__version__}", *(f"{name}=={version(name).partition('+')[0]}" for name in packages)]
+
+
+@dataclass
+class _Run:
+    """Profiles that one call of ``mergekit-act profile`` makes.
+
+    Attributes:
+        head: the abilities file but for its abilities.
+        options: of the command.
+        abilities: name -> settings; empty for profiles without data.
+    """
+
+    head: dict[str, Any]
+    options: list[str]
+    abilities: dict[str, Any] = field(default_factory=dict)
+
+
+class Recipe:
+    """How masks are made again, as far as they say how they were made.
+
+    Attributes:
+        files: name -> abilities file.
+        local: models and data that are no Hub ids, as the files name them.
+    """
+
+    def __init__(self, masks: Sequence[MaskFile], target: str = "", ability_models: Sequence[str] = ()) -> None:
+        """Find the profiles that masks were made of.
+
+        Args:
+            masks: as they lie in the merge's folder.
+            target: the merge's; a profile's target of the same name is written likewise.
+            ability_models: the merge's, likewise.
+        """
+        self._masks = {mask.copy: mask.artifact for mask in masks}
+        self._models = {"target": _by_name([target]), "ability_model": _by_name(ability_models)}
+        self._runs: list[_Run] = []
+        self._run_of: dict[str, int] = {}
+        self.local: list[str] = []
+        for mask in masks:
+            for source in mask.sources:
+                for profile in _with_retained(source):
+                    self._add(profile)
+        self._folders = _numbered("profiles", "", len(self._runs))
+        with_data = [run for run in self._runs if run.abilities]
+        self.files = dict(
+            zip(_numbered("abilities", ".yml", len(with_data)), map(_abilities_file, with_data), strict=True)
+        )
+        self._file_of = dict(zip(map(id, with_data), self.files, strict=True))
+
+    def commands(self, *flags: str) -> str:
+        """The commands, a line each; empty if the masks do not say.
+
+        Args:
+            flags: more options of ``mergekit-act profile``.
+        """
+        lines = []
+        for run, folder in zip(self._runs, self._folders, strict=True):
+            if not run.abilities and "--criterion" not in run.options:
+                continue  # an older mask does not say how its profiles were made
+            # The criteria without data need the two models and nothing else of the file.
+            file = next((self._file_of[id(other)] for other in (run, *self._runs) if self._serves(other, run)), None)
+            if file is None:
+                lines.append(["#", "ABILITIES.yml:", "any", "abilities", "file", "of", *run.head.values()])
+            lines.append(["mergekit-act", "profile", file or "ABILITIES.yml", folder, *run.options, *flags])
+        if any(not isinstance(mask, Mask) for mask in self._masks.values()):
+            lines.append(["mkdir", "-p", "masks"])
+        for path, mask in self._masks.items():
+            if not isinstance(mask, Mask):
+                lines.append(["cp", self._profile(mask.described()), path])
+            elif mask.sources:
+                lines.append(self._mask_command(path, mask))
+        return "\n".join(" ".join(line) if line[0] == "#" else shlex.join(line) for line in lines)
+
+    def _serves(self, other: _Run, run: _Run) -> bool:
+        """Whether another run's abilities file is of the same two models."""
+        return id(other) in self._file_of and all(other.head[role] == run.head[role] for role in self._models)
+
+    def _add(self, source: Source) -> None:
+        """Put a profile into the run that made it, or may have."""
+        data = source.get("data") or {}
+        head: dict[str, Any] = {role: self._reference(role, source.get(role) or {}) for role in self._models}
+        settings: dict[str, Any] = {}
+        if source.get("criterion") == "activation" and "dataset" in data:
+            head |= {key: data[key] for key in AbilitiesFile.model_fields if key in data}
+            defaults = {key: one.get_default(call_default_factory=True) for key, one in Ability.model_fields.items()}
+            settings = {key: data[key] for key in defaults if key in data and data[key] != defaults[key]}
+        options, name = _options(source), str(source.get("ability"))
+        fits = (
+            place
+            for place, run in enumerate(self._runs)
+            if run.head == head and run.options == options and run.abilities.get(name, settings) == settings
+        )
+        place = next(fits, len(self._runs))
+        if place == len(self._runs):
+            self._runs.append(_Run(head, options))
+        if settings:
+            self._runs[place].abilities[name] = settings
+            self.local += [data["dataset"]] if not data.get("on_hub") else []
+        self._run_of[_key(source)] = place
+
+    def _mask_command(self, path: str, mask: Mask) -> list[str]:
+        """The command that made a mask: its sources share all settings."""
+        first = mask.sources[0]
+        command = ["mergekit-act", "mask", *(self._profile(source) for source in mask.sources), "-o", path]
+        command += ["--density", str(first.get("density"))]
+        for glob in first.get("exclude") or ():
+            command += ["--exclude", glob]
+        retain = first.get("retain") or {}
+        for other in retain.get("abilities", ()):
+            command += ["--retain", self._profile(other)]
+        for option in ("ranking", "strength", "density") if retain else ():
+            unused = option == "strength" and retain.get("ranking") != "difference"
+            if retain.get(option) is not None and not unused:
+                command += [f"--retain-{option}", str(retain[option])]
+        return command
+
+    def _profile(self, source: Source) -> str:
+        return f"{self._folders[self._run_of[_key(source)]]}/{source.get('ability')}.safetensors"
+
+    def _reference(self, role: str, model: Mapping[str, Any]) -> str:
+        """As a reference of mergekit; a local model as the merge's config names it."""
+        name, revision = str(model.get("model")), model.get("revision")
+        if not revision:
+            reference = self._models[role].get(name, f"./{name}")
+            self.local.append(reference)
+            return reference
+        base, plus, lora = name.partition("+")
+        return f"{base}@{revision}{plus}{lora}"
+
+
+def _by_name(references: Sequence[str]) -> dict[str, str]:
+    """The name under which a profile knows a local model -> its reference, where no two have it."""
+    names = ["+".join(Path(part).name for part in reference.split("+")) for reference in references]
+    return {name: one for name, one in zip(names, references, strict=True) if names.count(name) == 1}
+
+
+def _numbered(stem: str, suffix: str, count: int) -> list[str]:
+    return [f"{stem}{f'-{place + 1}' if place else ''}{suffix}" for place in range(count)]
+
+
+def _abilities_file(run: _Run) -> str:
+    return yaml.safe_dump(run.head | {"abilities": run.abilities}, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _key(source: Source) -> str:
+    """What tells profiles apart."""
+    return repr([source.get(name) for name in ("ability", "criterion", "target", "ability_model", "dtype", "data")])
+
+
+def _options(source: Source) -> list[str]:
+    data = source.get("data") or {}
+    options = [part for glob in data.get("exclude") or () for part in ("--exclude", glob)]
+    criterion = str(source.get("criterion"))
+    if criterion in ("weight", "random"):
+        seed = ["--random-seed", str(data["random_seed"])] if "random_seed" in data else []
+        return ["--criterion", criterion, *seed, *options]
+    if "batch_tokens" in data:
+        options += ["--batch-tokens", str(data["batch_tokens"])]
+    return ["--dtype", str(source["dtype"]), *options] if source.get("dtype") else options
+
+
+def _with_retained(source: Source) -> Iterator[Source]:
+    """A profile, and those of the abilities that were spared when it was ranked."""
+    yield source
+    yield from (source.get("retain") or {}).get("abilities") or ()

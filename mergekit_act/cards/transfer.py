@@ -1,0 +1,153 @@
+"""What a merge's card says of the transfer: what was moved from where, and how to make it again."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+
+from mergekit_act.cards.markdown import HUB_ID, PAPER, TITLE, code, link_dataset, link_file, link_model, plain, table
+from mergekit_act.cards.masks import MaskFile, Source
+from mergekit_act.cards.recipe import Recipe, requirements
+from mergekit_act.checking.summary import CheckSummary
+from mergekit_act.report.listings import describe_selection
+from mergekit_act.report.tables import percent
+
+__all__ = ["describe_transfer"]
+
+
+def describe_transfer(
+    summary: CheckSummary,
+    masks: Sequence[MaskFile],
+    recipe: Recipe,
+    options: MergeOptions,
+    *,
+    picture: str | None,
+    before: str,
+) -> str:
+    """Markdown of a card's part on the transfer.
+
+    Args:
+        summary: what the merge moved.
+        masks: that it used.
+        recipe: how they are made again.
+        options: of the merge.
+        picture: of the composition, if there is one.
+        before: what the card has said so far; the versions it names stay.
+    """
+    once = {(mask.copy, mask.density): mask for mask in masks}  # several settings may name a file
+    sources = [source for mask in once.values() for source in mask.sources]
+    parts = ["## Transferred abilities", *_moved(summary, sources), *([_abilities(sources)] if sources else [])]
+    if picture is not None:
+        parts.append(f"![Share of each module's channels that was moved, by module kind and layer]({picture})")
+    kinds = [
+        [f"`{kind.kind}`", f"{kind.tensors:,}", f"{kind.parameters:,}", percent(kind.moved, kind.parameters)]
+        for kind in summary.kinds
+    ]
+    parts.append(table(["tensors", "number", "parameters", "moved"], kinds))
+    return "\n\n".join([*parts, *_again(summary, masks, recipe, options, before)])
+
+
+def _moved(summary: CheckSummary, sources: Sequence[Source]) -> Iterator[str]:
+    moved = sum(kind.moved for kind in summary.kinds)
+    parameters = sum(kind.parameters for kind in summary.kinds)
+    method = f"[ACT]({PAPER}) (activation-guided channel-wise ability transfer; *{TITLE}*)"
+    is_control = bool(sources) and all(source.get("criterion") != "activation" for source in sources)
+    chosen = "with channels chosen without data, a control of" if is_control else "by"
+    channels = f"{summary.selected:,} of {summary.channels:,} channels ({percent(summary.selected, summary.channels)})"
+    owned = f"{moved:,} of {parameters:,} parameters ({percent(moved, parameters)})"
+    yield (
+        f"{channels} were moved into the target, {owned}, {chosen} {method}; merge method `{summary.merge_method}`. "
+        "Everything else is the target's."
+    )
+    models = [f"- Target: {_link(summary.target)}"]
+    for model in summary.ability_models:
+        weights = summary.weights.get(model, ())
+        shown = f", weight {weights[0]:g}" if len(weights) == 1 else ""
+        shown = f", weights {weights[0]:g} to {weights[-1]:g}, by tensor" if len(weights) > 1 else shown
+        models.append(f"- Ability model: {_link(model)}{shown}")
+    yield "\n".join(models)
+
+
+def _abilities(sources: Sequence[Source]) -> str:
+    rows = [
+        [
+            plain(source.get("ability")),
+            f"{link_model(source.get('ability_model') or {})}, {link_model(source.get('target') or {})}",
+            link_dataset(source.get("data") or {}),
+            f"{plain(source.get('criterion'))}, {plain(describe_selection(source))}",
+            f"{source['samples']:,}" if source.get("samples") else "",
+            f"{source['answer_tokens']:,}" if source.get("answer_tokens") else "",
+        ]
+        for source in sources
+    ]
+    header = ["ability", "models compared", "data set", "channels by", "samples", "answer tokens"]
+    return table(header, rows, left=4)
+
+
+def _again(
+    summary: CheckSummary, masks: Sequence[MaskFile], recipe: Recipe, options: MergeOptions, before: str
+) -> Iterator[str]:
+    yield "### Make it again"
+    hashes = {mask.copy: mask.sha256 for mask in masks}
+    yield table(["mask", "SHA-256"], [[link_file(name), f"`{digest}`"] for name, digest in hashes.items()], left=2)
+    written = re.search(r"^pip install .*$", before, re.MULTILINE)
+    install = written.group() if written else shlex.join(["pip", "install", *requirements()])
+    files = ", ".join(map(link_file, ("act.yml", *recipe.files)))
+    models = [name for name in (summary.target, *summary.ability_models) if not _is_hub_id(name)]
+    named = ", ".join(dict.fromkeys(map(_local_name, [*models, *recipe.local])))
+    needed = f", and the local {named} where these name it" if named else ""
+    yield (
+        f"In a folder of its own with {files} from here{needed} (versions of the machine that wrote this card):\n\n"
+        f"```sh\n{install}\n```"
+    )
+    flags = _flags(options, "trust_remote_code", *(("lora_merge_cache",) if "+" in named else ()))
+    made = recipe.commands(*flags)
+    if made:
+        yield f"The masks, from data; or take the folder `masks` from here:\n\n```sh\n{made}\n```"
+    merge = shlex.join(["mergekit-yaml", "act.yml", "./again", *_flags(options, *_OPTIONS)])
+    yield f"The merge:\n\n```sh\n{merge}\n```"
+
+
+# Options of mergekit-yaml without which the merge fails or gives other weights.
+_OPTIONS = (
+    "random_seed",
+    "lora_merge_cache",
+    "lora_merge_dtype",
+    "trust_remote_code",
+    "allow_crimes",
+    "unsafe_truncate_embeddings",
+)
+
+
+def _flags(options: MergeOptions, *names: str) -> list[str]:
+    """Options that differ from their defaults, as a command line has them."""
+    found = []
+    for name in names:
+        value = getattr(options, name, None)
+        if value not in (None, False):
+            shown = "./lora-cache" if name == "lora_merge_cache" else str(value)
+            found += [f"--{name.replace('_', '-')}", *([] if value is True else [shown])]
+    return found
+
+
+def _is_hub_id(reference: str) -> bool:
+    path = ModelReference.parse(reference).model.path
+    return HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+
+
+def _local_name(reference: str) -> str:
+    return code("+".join(Path(part).name for part in reference.split("+")))
+
+
+def _link(reference: str) -> str:
+    """A model reference of a merge config, linked if it is on the Hub; of a local folder the name."""
+    if not _is_hub_id(reference):
+        return _local_name(reference)
+    model = ModelReference.parse(reference).model
+    tree = f"/tree/{model.revision}" if model.revision else ""
+    return f"[{plain(reference)}](https://huggingface.co/{model.path}{tree})"
