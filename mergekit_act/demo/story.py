@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from mergekit_act.artifacts import load_mask
 from mergekit_act.demo.tasks import DOMAINS, LANGUAGES, Row, all_rows
 from mergekit_act.demo.training import build_model, build_tokenizer, exact_match, train
-from mergekit_act.report import table
+from mergekit_act.report import can_draw, table
 
 __all__ = ["run_demo"]
 
@@ -67,7 +67,7 @@ def run_demo(out_dir: Path, *, echo: Echo, quiet: bool = False) -> None:
     channels, share = _moved(out_dir)
     echo(
         f"\nACT and the two controls moved {channels:,} channels each ({share}). All files are in {out_dir}: models/, "
-        "abilities.yml, profiles/, masks/, configs/, merged/ and tuned/."
+        "abilities.yml, profiles/, masks/, configs/, merged/, tuned/, evaluation.json and report/."
     )
 
 
@@ -141,7 +141,14 @@ def _run_commands(out_dir: Path, echo: Echo) -> None:
         echo('\nFine-tuning is left out, it needs TRL: pip install "mergekit-act[finetune]"')
     tuned = [f"./tuned/{name}" for name in ("sft", "act-sft") if (out_dir / "tuned" / name).is_dir()]
     models = ["./models/target", "./merged/act", *tuned]
-    _run(out_dir, echo, [*act, "evaluate", *models, "--abilities", "abilities.yml", "--dtype", "float32"])
+    evaluated = ["--abilities", "abilities.yml", "--dtype", "float32", "--json", "evaluation.json"]
+    _run(out_dir, echo, [*act, "evaluate", *models, *evaluated])
+    _run(out_dir, echo, [*act, "card", "./merged/act", "--evaluation", "evaluation.json"], show_output=False)
+    if can_draw():
+        all_profiles = [f"profiles/{name}.safetensors" for name in (*RECOVERED, *RETAINED, "weight")]
+        _run(out_dir, echo, [*act, "report", *all_profiles, "-o", "report", "--density", str(DENSITY)])
+    else:
+        echo('\nThe report is left out, it needs matplotlib: pip install "mergekit-act[plots]"')
 
 
 def _run(out_dir: Path, echo: Echo, command: Sequence[str], *, show_output: bool = True) -> None:
