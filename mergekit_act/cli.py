@@ -590,10 +590,8 @@ def finetune(
 @click.option(
     "--density",
     type=float,
-    default=0.01,
-    show_default=True,
     metavar="P",
-    help="Of the masks that are compared: 0.01 for the top 1 %.",
+    help="Of the profiles' masks: 0.01 for the top 1 %.  [default: 0.01]",
 )
 @click.option(
     "--exclude",
@@ -606,7 +604,7 @@ def finetune(
 def report(
     files: tuple[Path, ...],
     out_dir: Path | None,
-    density: float,
+    density: float | None,
     exclude: tuple[str, ...],
     overwrite: bool,
     quiet: bool,
@@ -619,9 +617,14 @@ def report(
     between pairs, activations against weight changes (of a profile made with --criterion weight), where the channels
     sit, what each density would move. It needs no network; matplotlib draws it (extra "plots").
     """
+    chosen = density is not None or bool(exclude)
+    density = 0.01 if density is None else density
     if out_dir is None:
+        from mergekit_act.artifacts import load_metadata
         from mergekit_act.report import list_essentials
 
+        if chosen and all(load_metadata(path)["kind"] == "mask" for path in files):
+            raise ValueError("the channels of a mask were chosen when it was made; leave out --density and --exclude")
         click.echo("\n\n".join(list_essentials(path, density=density, exclude=exclude) for path in files))
         return
     from mergekit_act.report.page import write_report

@@ -248,7 +248,13 @@ def test_a_report_is_a_function_of_its_profiles(tmp_path):
     refused = CliRunner().invoke(main, [*command, str(tmp_path / "one")])
     assert refused.exit_code == 1
     assert "report.html exists. Choose another name or say --overwrite" in refused.output
-    assert CliRunner().invoke(main, [*command, str(tmp_path / "one"), "--overwrite"]).exit_code == 0
+    (tmp_path / "one" / "mine.csv").write_text("mine")
+    only = ["report", str(tmp_path / "a.safetensors"), "-o", str(tmp_path / "one"), "--overwrite"]
+    assert CliRunner().invoke(main, only).exit_code == 0
+    left = {path.name for path in (tmp_path / "one").iterdir()}
+    assert "distribution-a-kinds.svg" in left
+    assert "mine.csv" in left
+    assert not left & {"distribution-b-kinds.svg", "distribution-b-kinds.png", "overlap.csv"}
 
 
 def heavy_head(layout: Layout) -> Profile:
@@ -368,6 +374,8 @@ def test_scores_that_are_all_zero_and_dead_channels(tmp_path):
 def test_a_mask_without_shapes_or_sources_is_told_too(tmp_path):
     layout = replace(small_layout(), shapes=None)
     save_mask(Mask({"embed": torch.tensor([True, False])}, layout), tmp_path / "m.safetensors")
+    done = CliRunner().invoke(main, ["report", str(tmp_path / "m.safetensors"), "--density", "0.5"])
+    assert "chosen when it was made; leave out --density and --exclude" in done.output
     done = CliRunner().invoke(main, ["report", str(tmp_path / "m.safetensors")])
     assert (done.exit_code, "1 channels" in done.output) == (0, True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def write_report(
         out_dir: where the files go.
         density: at which masks are compared.
         exclude: globs of modules that take no part.
-        overwrite: replace a report that exists.
+        overwrite: replace a report that exists; those of its figures and tables that the new one lacks are removed.
         quiet: show no progress.
 
     Returns:
@@ -72,6 +73,8 @@ def write_report(
     names = [f"{p.name}{suffix}" for p in pictures for suffix in (".svg", ".png")] + [f"{t.name}.csv" for t in tables]
     check_free([out_dir / name for name in names], overwrite=overwrite)
     out_dir.mkdir(parents=True, exist_ok=True)
+    for name in _files_of(out_dir / PAGE) - set(names):
+        (out_dir / name).unlink(missing_ok=True)
     shown = tqdm(pictures, desc="drawing", unit="figure", disable=quiet)
     drawn = {picture.name: _draw(picture, out_dir) for picture in shown}
     for made in tables:
@@ -89,6 +92,12 @@ def write_report(
     )
     write_atomically(out_dir / PAGE, page.encode(), overwrite=True)
     return warnings
+
+
+def _files_of(page: Path) -> set[str]:
+    """The figures and tables of a report that is to be replaced."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    return set(re.findall(r'href="([^"/]+\.(?:svg|png|csv))"', text))
 
 
 def _walk(sections: Sequence[Section]) -> Iterator[Section]:
