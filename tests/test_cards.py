@@ -316,6 +316,8 @@ def test_models_of_one_folder_name_and_loras_keep_their_own_references():
 
 
 def test_options_of_the_merge_are_on_the_card(merged):
+    run("card", merged, "--random-seed", 0)
+    assert "mergekit-yaml act.yml ./again --random-seed 0\n" in (merged / "README.md").read_text(encoding="utf-8")
     run("card", merged, "--random-seed", 7, "--lora-merge-cache", "/somewhere", "--trust-remote-code")
     card = (merged / "README.md").read_text(encoding="utf-8")
     options = "--random-seed 7 --lora-merge-cache ./lora-cache --trust-remote-code"
@@ -489,9 +491,11 @@ def test_metadata_of_others_stays_or_is_refused(front, tmp_path, work, caplog):
         assert readme.read_bytes() == again
 
 
-def test_every_module_can_be_imported_first():
-    code = "import mergekit_act.cards.finetuned, mergekit_act.cards.merged, mergekit_act.report.page"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_the_card_of_a_fine_tuned_model_can_be_imported_first():
+    done = subprocess.run(
+        [sys.executable, "-c", "import mergekit_act.cards.finetuned"], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_the_picture_shows_what_was_moved(merged, monkeypatch):

@@ -129,7 +129,7 @@ def _flags(options: MergeOptions, *names: str) -> list[str]:
     found = []
     for name in names:
         value = getattr(options, name, None)
-        if value not in (None, False):
+        if value is not None and value is not False:
             shown = "./lora-cache" if name == "lora_merge_cache" else str(value)
             found += [f"--{name.replace('_', '-')}", *([] if value is True else [shown])]
     return found

@@ -6,29 +6,23 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 
 import click
-import torch
 import yaml
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.registry import get, registered_methods
 from mergekit.options import MergeOptions, add_merge_options
 from mergekit.sparsify import SparsificationMethod
-from torch import Tensor
 
 from mergekit_act.channels import kind_pattern
 from mergekit_act.checking.configs import path_remarks
+from mergekit_act.checking.costs import bytes_read, bytes_written, peak_memory, shape_of, union_of
 from mergekit_act.checking.headers import only_headers
-from mergekit_act.checking.loads import CONVERTED
 from mergekit_act.checking.planning import check_before_planning, plan_merge
 from mergekit_act.checking.plans import PlanCheck, PlannedTensor
-from mergekit_act.checkpoints import TensorHeader
-from mergekit_act.merging import TensorSelection, channels_along, is_ours
-from mergekit_act.merging.mapped import PAGE, private_bytes
-from mergekit_act.merging.methods import METHOD
+from mergekit_act.merging import channels_along, is_ours
 
 __all__ = [
     "CheckSummary",
@@ -187,7 +181,7 @@ def _summarize(check: PlanCheck, remarks: list[str]) -> CheckSummary:
     for tensor in check.tensors:
         kinds.setdefault(kind_pattern(tensor.name), []).append(tensor)
     counted = tuple(_count(kind, tensors, check) for kind, tensors in kinds.items())
-    modules = _count_channels(check)
+    modules = _count_modules(check)
     selected = sum(module.selected for module in modules)
     if not selected:
         remarks.append("nothing will be moved: no channel with a weight is selected")
@@ -201,9 +195,9 @@ def _summarize(check: PlanCheck, remarks: list[str]) -> CheckSummary:
         weights={str(model): _weights(check, model) for model in check.models},
         channels=sum(module.channels for module in modules),
         selected=selected,
-        bytes_read=sum(_bytes_read(tensor, check) for tensor in check.tensors),
-        bytes_written=sum(_bytes_written(tensor, check) for tensor in check.tensors),
-        peak_memory=_peak_memory(check),
+        bytes_read=sum(bytes_read(tensor, check) for tensor in check.tensors),
+        bytes_written=sum(bytes_written(tensor, check) for tensor in check.tensors),
+        peak_memory=peak_memory(check),
         remarks=(*remarks, *check.remarks(), *_untrimmed(check)),
     )
 
@@ -216,14 +210,14 @@ def _count(kind: str, tensors: Sequence[PlannedTensor], check: PlanCheck) -> Ten
         tensors=len(tensors),
         transferred=sum(bool(tensor.selections) for tensor in tensors),
         has_channels=any(tensor.sources & owned for tensor in tensors),
-        parameters=sum(math.prod(_shape(tensor)) for tensor in tensors),
+        parameters=sum(math.prod(shape_of(tensor)) for tensor in tensors),
         moved=sum(_cells(tensor) for tensor in tensors),
     )
 
 
 def count_moved(check: PlanCheck) -> tuple[int, int]:
     """How many channels are selected, and how many numbers they own in the output."""
-    return sum(module.selected for module in _count_channels(check)), sum(_cells(tensor) for tensor in check.tensors)
+    return sum(module.selected for module in _count_modules(check)), sum(_cells(tensor) for tensor in check.tensors)
 
 
 def _weights(check: PlanCheck, model: ModelReference) -> tuple[float, ...]:
@@ -231,7 +225,7 @@ def _weights(check: PlanCheck, model: ModelReference) -> tuple[float, ...]:
     return tuple(sorted(float(weight) for weight in found if weight is not None))
 
 
-def _count_channels(check: PlanCheck) -> tuple[ModuleSelection, ...]:
+def _count_modules(check: PlanCheck) -> tuple[ModuleSelection, ...]:
     """Channels of the output's modules, and how many of them are selected."""
     tensor_of: dict[str, list[PlannedTensor]] = {}
     for tensor in check.tensors:
@@ -243,7 +237,7 @@ def _count_channels(check: PlanCheck) -> tuple[ModuleSelection, ...]:
     owned = {module: (layout, names[0]) for layout in check.layouts for module, names in layout.parameters.items()}
     for module, (layout, (name, axis)) in owned.items():
         for tensor in next((tensor_of[tied] for tied in (name, *layout.tied_names(name)) if tied in tensor_of), ()):
-            shape, chosen = _shape(tensor), _union(tensor).get(axis)
+            shape, chosen = shape_of(tensor), union_of(tensor).get(axis)
             channels = math.prod(channels_along(axis, shape, 2 if len(shape) == 3 else 1))
             # A tied matrix is one tensor and two modules; a slice's layer has another number than its source.
             own = module if name not in tensor.sources else tensor.name.removesuffix(name.removeprefix(module))
@@ -254,104 +248,13 @@ def _count_channels(check: PlanCheck) -> tuple[ModuleSelection, ...]:
     return tuple(selection for _, selection in sorted(found, key=lambda placed: placed[0]))
 
 
-def _union(tensor: PlannedTensor) -> dict[int, Tensor]:
-    """Axis -> what any ability model selects along it."""
-    found: dict[int, Tensor] = {}
-    for selection in tensor.selections.values():
-        for axis, chosen in selection.slices.items():
-            found[axis] = found[axis] | chosen if axis in found else chosen
-    return found
-
-
-def _cells(tensor: PlannedTensor) -> int:
-    """Numbers of a tensor that lie in a selected slice."""
-    outside = 1.0
-    for chosen in _union(tensor).values():
-        outside *= 1 - int(chosen.sum()) / chosen.numel()
-    return round(math.prod(_shape(tensor)) * (1 - outside))
-
-
-def _target(tensor: PlannedTensor) -> TensorHeader:
-    header = next(iter(tensor.headers.values()))
-    if header is None:  # the plan's check has refused it
-        raise ValueError(f'the target has no "{tensor.name}"')
-    return header
-
-
-def _shape(tensor: PlannedTensor) -> tuple[int, ...]:
-    return _target(tensor).shape
-
-
-def _bytes_written(tensor: PlannedTensor, check: PlanCheck) -> int:
-    dtype = dtype_from_name(check.config.out_dtype) or _work_dtype(tensor, check)
-    return math.prod(_shape(tensor)) * dtype.itemsize
-
-
-def _work_dtype(tensor: PlannedTensor, check: PlanCheck) -> torch.dtype:
-    """In which a tensor is computed."""
-    stored = [header.torch_dtype for header in tensor.headers.values() if header is not None]
-    return dtype_from_name(check.config.dtype) or reduce(torch.promote_types, filter(None, stored))
-
-
-def _bytes_read(tensor: PlannedTensor, check: PlanCheck) -> int:
-    """The target's tensor, and of the ability models' what is selected: by rows, in pages; by columns, all of it."""
-    _, *others = tensor.headers.items()
-    total = _target(tensor).size
-    if _is_aligned(tensor, check):
-        return sum(header.size for header in tensor.headers.values() if header is not None)
-    for model, header in others:
-        if header is not None and model in tensor.selections:
-            selection = tensor.selections[model]
-            whole = not selection.by_rows or check.spec.name != METHOD or not header.file.endswith(".safetensors")
-            chosen = next(iter(selection.slices.values()))
-            pages = int(chosen.sum()) * (header.size // chosen.numel() + PAGE)
-            total += header.size if whole else min(header.size, pages)
-    return total
-
-
-def _is_aligned(tensor: PlannedTensor, check: PlanCheck) -> bool:
-    """Whether mergekit makes a vocabulary tensor anew for a tokenizer."""
-    has_tokenizer = check.config.tokenizer is not None or check.config.tokenizer_source is not None
-    return bool(has_tokenizer and tensor.by_tokens)
-
-
-def _peak_memory(check: PlanCheck) -> int:
-    """What is computed stays in memory until its shard is full and written; what is copied stays in its file."""
-    kept = [_allocated(tensor, check) for tensor in check.tensors]
-    options = check.options
-    shards = 1 + (options.write_threads if options.async_write else 0)
-    held = min(sum(kept), options.out_shard_size * shards) if options.out_shard_size > 0 else sum(kept)
-    largest = max((_bytes_written(tensor, check) for tensor in check.tensors if tensor.selections), default=0)
-    # mergekit's own methods stack the models' differences.
-    return held + largest * (1 if check.spec.name == METHOD else 2 + 2 * len(check.models))
-
-
-def _allocated(tensor: PlannedTensor, check: PlanCheck) -> int:
-    """What an output tensor needs besides the target's file."""
-    whole, union = _bytes_written(tensor, check), _union(tensor)
-    if _is_cast(tensor, check) or check.options.clone_tensors or _is_aligned(tensor, check):
-        return whole
-    if not union:
-        return 0
-    if check.spec.name != METHOD or not TensorSelection(union).by_rows:
-        return whole
-    (chosen,) = union.values()
-    return private_bytes(int(chosen.sum()), chosen.numel(), whole)
-
-
-def _is_cast(tensor: PlannedTensor, check: PlanCheck) -> bool:
-    header = _target(tensor)
-    written = dtype_from_name(check.config.out_dtype) or _work_dtype(tensor, check)
-    return header.file == CONVERTED or header.torch_dtype != written
-
-
 def _untrimmed(check: PlanCheck) -> list[str]:
     """How a method's trimming, which counts over whole tensors, meets what is selected of them."""
     trims = getattr(getattr(get(check.spec.name), "inner", None), "sparsification_method", None)
     found = []
     for model in check.models:
         tensors = [tensor for tensor in check.tensors if model in tensor.selections]
-        shares = [_selected_by(tensor, model) / math.prod(_shape(tensor)) for tensor in tensors]
+        shares = [_selected_by(tensor, model) / math.prod(shape_of(tensor)) for tensor in tensors]
         settings = [tensor.settings[model] for tensor in tensors]
         pairs = list(zip(shares, settings, strict=True))
         if trims == SparsificationMethod.magnitude:
@@ -373,3 +276,11 @@ def _untrimmed(check: PlanCheck) -> list[str]:
 
 def _selected_by(tensor: PlannedTensor, model: ModelReference) -> int:
     return _cells(replace(tensor, selections={model: tensor.selections[model]}))
+
+
+def _cells(tensor: PlannedTensor) -> int:
+    """Numbers of a tensor that lie in a selected slice."""
+    outside = 1.0
+    for chosen in union_of(tensor).values():
+        outside *= 1 - int(chosen.sum()) / chosen.numel()
+    return round(math.prod(shape_of(tensor)) * (1 - outside))

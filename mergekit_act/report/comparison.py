@@ -98,9 +98,9 @@ class Comparison:
         """How many channels an ability keeps."""
         return max(1, math.floor(validate_density(density) * self.taking_part))
 
-    def selections(self, abilities: Sequence[Scored], density: float | None = None) -> NDArray[np.bool_]:
+    def selections(self, abilities: Sequence[Scored]) -> NDArray[np.bool_]:
         """The top channels of each ability: ``[abilities, channels]``."""
-        k = self.top_count(self.density if density is None else density)
+        k = self.top_count(self.density)
         return np.stack([scored.ranks < k for scored in abilities])
 
     def per_module(self, selection: NDArray[np.bool_]) -> dict[str, int]:

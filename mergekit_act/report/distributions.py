@@ -61,7 +61,7 @@ def _quantiles(comparison: Comparison, pair: Pair, suffix: str) -> Table:
         whole = float(ordered.sum(dtype=np.float64))
         share = float(ordered[-k:].sum(dtype=np.float64)) / whole if whole else 0.0
         quantiles = [scored.score_at(level) for level in levels] + [float(ordered[-1])]
-        shown = [Cell(value, f"{value:.3g}") for value in quantiles]
+        shown = [f"{value:.3g}" for value in quantiles]
         counts = [f"{profile.samples:,}", f"{profile.answer_tokens:,}"]
         rows.append([scored.label, *counts, *shown, percent(share, 1)])
         csv_rows.append([scored.label, profile.samples, profile.answer_tokens, *quantiles, share])
@@ -179,7 +179,7 @@ def describe_moved(comparison: Comparison, pair: Pair, suffix: str) -> Section:
         for label, moved in found.items():
             channels, parameters = moved[place]
             more = f"{percent(channels, n)} of the channels" if label == UNION else ""
-            cells.append(Cell(parameters, percent(parameters, everything), more))
+            cells.append(Cell(percent(parameters, everything), more))
         rows.append(cells)
     csv_rows = [
         [label, density, channels, channels / n, parameters, parameters / everything]

@@ -43,17 +43,15 @@ def draw_lines(
     *,
     x_label: str,
     y_label: str,
-    log_y: bool = True,
     mark: tuple[float, str] | None = None,
     depths: tuple[str, str] | None = None,
 ) -> Any:
-    """Lines over a logarithmic axis, with a legend below.
+    """Lines over logarithmic axes, with a legend below.
 
     Args:
         lines: what to draw.
         x_label: of the axis.
         y_label: of the axis.
-        log_y: whether the other axis is logarithmic too.
         mark: a height to mark, and what it is.
         depths: what the colours of lines with a depth begin and end with.
     """
@@ -77,7 +75,6 @@ def draw_lines(
     if drawable:
         axes.set_xscale("log")
         _plain_ticks(axes.xaxis)
-    if drawable and log_y:
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis)
     if mark is not None:

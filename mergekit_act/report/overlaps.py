@@ -73,7 +73,7 @@ def _overlap_table(
             numbers += [shares[i] / counts[i], shares[i], sizes[i] / n]
         rows.append(cells)
         csv_rows.append(numbers)
-    random: Row = [Cell(count / n, f"{100 * count / n:.1f} %", f"({count * count / n:,.0f})") for count in counts]
+    random: Row = [_expected(count, n) for count in counts]
     rows.append(["random", *random, *([None] * 2 * len(unions))])
     csv_rows.append(["random", *(v for count in counts for v in (count / n, count * count / n))])
     csv_header = ["ability", *(part for label in labels for part in (label, f"{label} channels"))]
@@ -94,7 +94,12 @@ def _overlap_table(
 
 
 def _share(part: int, whole: int) -> Cell:
-    return Cell(part / whole, f"{100 * part / whole:.1f} %", f"({part:,})")
+    return Cell(f"{100 * part / whole:.1f} %", f"({part:,})")
+
+
+def _expected(count: int, channels: int) -> Cell:
+    """What a set of so many channels shares with a random one of its size."""
+    return Cell(f"{100 * count / channels:.1f} %", f"({count * count / channels:,.0f})")
 
 
 _OTHERS = "union of the others"
@@ -138,7 +143,7 @@ def describe_controls(comparison: Comparison, pair: Pair, suffix: str) -> Sectio
         rows.append([scored.label, *(_share(part, count) for part in shared)])
         csv_rows.append([scored.label, *(value for part in shared for value in (part / count, part))])
     controls = [control.label for control in pair.controls]
-    rows.append(["random", *(Cell(k / n, f"{100 * k / n:.1f} %", f"({k * k / n:,.0f})") for _ in controls)])
+    rows.append(["random", *(_expected(k, n) for _ in controls)])
     csv_rows.append(["random", *(value for _ in controls for value in (k / n, k * k / n))])
     top = shown_density(comparison.density)
     table = Table(
@@ -170,7 +175,7 @@ def describe_consistency(comparison: Comparison) -> Iterator[Section]:
         [*names, float(common[0, 1] / common[0, 0]), int(common[0, 1])] for names, common in found.items()
     ]
     rows: list[Row] = [[*names, _share(int(common[0, 1]), int(common[0, 0]))] for names, common in found.items()]
-    rows.append(["random", "", "", Cell(k / n, f"{100 * k / n:.1f} %", f"({k * k / n:,.0f})")])
+    rows.append(["random", "", "", _expected(k, n)])
     top = shown_density(comparison.density)
     table = Table(
         "consistency",

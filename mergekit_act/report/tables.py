@@ -13,11 +13,10 @@ __all__ = ["Cell", "Row", "Table", "as_csv", "percent", "shown_density", "size",
 
 @dataclass(frozen=True)
 class Cell:
-    """A value and how it is shown; a second line says more."""
+    """A cell with a second line."""
 
-    value: object
     text: str
-    more: str = ""
+    more: str
 
 
 #: Plain text stands for itself, None for nothing.
