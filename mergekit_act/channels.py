@@ -126,11 +126,12 @@ class Layout:
                 here = "the first" if module in self.parameters else "the second"
                 found.append(f'"{module}" is only in {here}')
                 continue
-            for name, axis in self.parameters[module]:
-                mine, theirs = self._shape(name), (other.shapes or {}).get(name)
-                if theirs is not None and name in ignore_vocabulary:
+            owned = dict.fromkeys((*self.parameters[module], *other.parameters[module]))
+            for name, axis in owned:
+                mine, theirs = ((layout.shapes or {}).get(name) for layout in (self, other))
+                if mine is not None and theirs is not None and name in ignore_vocabulary:
                     mine, theirs = mine[1:], theirs[1:]
-                if mine != theirs or (name, axis) not in other.parameters[module]:
+                if mine != theirs or any((name, axis) not in layout.parameters[module] for layout in (self, other)):
                     found.append(f'"{name}" is {_sides(mine)} in the first, {_sides(theirs)} in the second')
         return found
 

@@ -153,6 +153,16 @@ class Checkpoint:
         found = self._find(names, lambda key: torch.empty(self.headers[key].shape, device="meta"))
         return None if found is None else tuple(found.shape)
 
+    def sources(self, *names: str) -> tuple[str, ...]:
+        """Which stored tensors ``read`` would make a matrix of; none if the checkpoint does not have it."""
+        used: list[str] = []
+
+        def noted(key: str) -> Tensor:
+            used.append(key)
+            return torch.empty(self.headers[key].shape, device="meta")
+
+        return () if self._find(names, noted) is None else tuple(used)
+
     def flush(self) -> None:
         """Close the file that is open, so that its pages no longer count as this process's memory.
 

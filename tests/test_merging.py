@@ -197,10 +197,6 @@ def test_vocabularies_are_aligned_by_token_id(pair_of, tmp_path, caplog):
     short = make_model(tiny_config("qwen2", vocab_size=120), tmp_path / "short", seed=5)
     mask = random_mask(target, short, tmp_path / "m.safetensors", density=0.6)
     parameters = {"weight": 1.0, "mask": str(tmp_path / "m.safetensors")}
-    message = refusal(act_config(target, (short, parameters)), tmp_path / "refused")
-    assert 'vocabularies of "lm_head.weight" differ' in message
-    assert 'Add "tokenizer: {source: base}" to the config' in message
-
     result = merged(act_config(target, (short, parameters), tokenizer={"source": "base"}), tmp_path / "out")
     rows = len(result["lm_head.weight"])
     lost = int(mask.channels["lm_head"][rows:].sum())

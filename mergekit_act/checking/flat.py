@@ -30,7 +30,7 @@ class FlatPlanCheck(PlanCheck):
     def _ties(self, model: ModelReference, files: MaskFiles | None = None) -> bool:
         """A file that holds a name that the mask's model ties holds that matrix, under one of its names or both."""
         groups = files.layout.tied if files is not None else ()
-        return any(set(group) & set(self._checkpoint(model).headers) for group in groups)
+        return any(set(group) & set(self.checkpoint_of(model).headers) for group in groups)
 
     def _converted(self, model: ModelReference, name: str) -> TensorHeader | None:
         return None
@@ -38,7 +38,7 @@ class FlatPlanCheck(PlanCheck):
     def find_left_out(self) -> None:
         """mergekit-pytorch plans the tensors of the listed models only; what just the target has would be lost."""
         for base in self.bases:
-            left_out = sorted(set(self._checkpoint(base).headers) - set().union(*self.parameters.values()))
+            left_out = sorted(set(self.checkpoint_of(base).headers) - set().union(*self.parameters.values()))
             if left_out:
                 self.problems.append(
                     f"{len(left_out)} tensors of {base} are in no ability model and would be left out, such as "
@@ -52,7 +52,7 @@ class FlatPlanCheck(PlanCheck):
     def _missing_sentence(self, model: ModelReference, names: str) -> str:
         return f"{model} has no tensor {names}, which another model has; say --tensor-intersection to leave it out"
 
-    def _checkpoint(self, model: ModelReference) -> Checkpoint:
+    def checkpoint_of(self, model: ModelReference) -> Checkpoint:
         if model not in self.checkpoints:
             file = Path(model.model.path)
             self.checkpoints[model] = _WeightFile(model, file.parent, None, file.name)

@@ -34,9 +34,10 @@ def load_less(task: Any, selections: Collection[ModelReference], headers: Sequen
     # mergekit-pytorch gathers in its own way, and vocabulary alignment looks at all models' rows.
     if not isinstance(gather, GatherTensors):
         return task
+    own = dict(gather) | {"target": task.base_model, "vocabulary_axis": task.output_weight.vocabulary_axis}
     dtype = task.output_weight.force_dtype or gather.dtype or _promoted(headers)
     if dtype is None or (task.method_name != METHOD and selections):
-        return task
+        return task.model_copy(update={"gather_tensors": _GatherMapped(**own)})
     # ``act`` casts what it moves, and the target while it is copied: mergekit would cast whole tensors before.
     sources = gather.weight_info.items()
     needed = {model: source for model, source in sources if model == task.base_model or model in selections}
@@ -44,7 +45,7 @@ def load_less(task: Any, selections: Collection[ModelReference], headers: Sequen
     return task.model_copy(
         update={
             "method_name": METHOD,
-            "gather_tensors": _GatherMapped(**dict(gather) | update),
+            "gather_tensors": _GatherMapped(**own | update),
             "model_order": tuple(model for model in task.model_order if model in needed),
             "dtype": dtype,
             "parameters": task.parameters if task.method_name == METHOD else ImmutableMap({}),
@@ -96,7 +97,14 @@ class _LoadMapped(LoadTensor):  # type: ignore[misc]
 
 
 class _GatherMapped(GatherTensors):  # type: ignore[misc]
-    """Loads what it gathers by itself: mergekit's scheduler takes longer for a task than mapping a tensor does."""
+    """Loads what it gathers by itself: mergekit's scheduler takes longer for a task than mapping a tensor does.
+
+    Vocabulary tensors come with the target's number of rows: what another model has behind them is left out, what it
+    lacks is the target's own, which no mask changes.
+    """
+
+    target: ModelReference | None = None
+    vocabulary_axis: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         return {}
@@ -107,11 +115,21 @@ class _GatherMapped(GatherTensors):  # type: ignore[misc]
     def execute(self, **_none: Tensor) -> dict[ModelReference, Tensor]:
         loaded = {key: load.execute() for key, load in self._loads.items()}
         gathered: dict[ModelReference, Tensor] = super().execute(**loaded)
-        return gathered
+        if self.vocabulary_axis is None or self.target not in gathered:
+            return gathered
+        base = gathered[self.target]
+        return {model: _with_rows_of(base, tensor, self.vocabulary_axis) for model, tensor in gathered.items()}
 
     @cached_property
     def _loads(self) -> dict[str, _LoadMapped]:
         return {key: _LoadMapped(**dict(load)) for key, load in super().arguments().items()}
+
+
+def _with_rows_of(base: Tensor, tensor: Tensor, axis: int) -> Tensor:
+    rows, own = base.shape[axis], tensor.shape[axis]
+    if own >= rows:
+        return tensor if own == rows else tensor.narrow(axis, 0, rows)
+    return torch.cat([tensor, base.narrow(axis, own, rows - own).to(tensor)], axis)
 
 
 @lru_cache(maxsize=256)

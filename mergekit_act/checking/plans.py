@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.architecture import WeightInfo
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ImmutableMap, ModelReference
@@ -16,10 +17,12 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.registry import get
 
 from mergekit_act.channels import Layout
+from mergekit_act.checking.completion import PlannedCall, plan_left_out
 from mergekit_act.checking.configs import MergeConfigError, setting_problems
 from mergekit_act.checking.headers import HeaderLoader
 from mergekit_act.checking.loads import CONVERTED, CopyOf, load_less
-from mergekit_act.checking.models import forward_differences
+from mergekit_act.checking.outputs import promoted_dtype
+from mergekit_act.checking.remarks import plan_remarks
 from mergekit_act.checkpoints import Checkpoint, TensorHeader, parameter_name
 from mergekit_act.merging import MaskFiles, TensorSelection, channels_along, load_mask_files
 
@@ -68,6 +71,7 @@ class PlanCheck:
     unweighted: set[ModelReference] = field(default_factory=set)
     checkpoints: dict[ModelReference, Checkpoint] = field(default_factory=dict)
     headers: dict[tuple[ModelReference, str], TensorHeader | None] = field(default_factory=dict)
+    lengths: list[str] = field(default_factory=list)
 
     @cached_property
     def spec(self) -> Any:
@@ -79,11 +83,22 @@ class PlanCheck:
         """Of the masks' models."""
         return [files.layout for files in self.masks.values() if files is not None]
 
+    def complete(self, planner: Any, calls: Sequence[PlannedCall]) -> None:
+        """Plan what the target has and mergekit's definition of its architecture lacks."""
+        base = self.config.base_model
+        if base is not None:
+            self.problems += plan_left_out(planner, calls, base, self.checkpoint_of(base))
+
     def resolve(self, weight: WeightInfo, task: Any) -> Any:
-        """The task with each model's mask setting replaced by what it selects of this tensor."""
+        """The task with each model's mask setting replaced by what it selects of this tensor.
+
+        None for a tensor that the target does not have: the output is the target's.
+        """
         sources = self._sources(task)
         base = task.base_model
         self.bases[base] = None
+        if weight.optional and self._header(base, sources[base]) is None:
+            return None
         self._check_presence(weight, base, sources)
         given = dict(task.input_parameters.items())
         settings = {model: dict(given[model].items()) for model in task.model_order if model != base and model in given}
@@ -102,6 +117,7 @@ class PlanCheck:
         for model in sources:
             self.parameters.setdefault(model, set()).update(names)
         headers = {base: headers[base]} | headers
+        self._check_dtype(weight, headers[base])
         by_tokens = weight.vocabulary_axis is not None
         self.tensors.append(PlannedTensor(weight.name, names, headers, selections, settings, by_tokens))
         parameters = dict(task.input_parameters.items()) | {m: ImmutableMap(s) for m, s in settings.items()}
@@ -128,6 +144,7 @@ class PlanCheck:
         """
         self._check_models()
         self._check_matches()
+        self._check_unmatched()
         if self.problems:
             raise MergeConfigError(self.problems)
         for line in self.remarks():
@@ -135,21 +152,16 @@ class PlanCheck:
 
     def remarks(self) -> list[str]:
         """What is no mistake but worth knowing before the merge."""
-        return [*self._other_pairs(), *self._other_forwards(), *self._left_to_the_target()]
+        return plan_remarks(self)
 
-    def _left_to_the_target(self) -> list[str]:
-        """Selected modules whose outputs are made without their ability model: in other slices, by other modules."""
-        found = []
-        for (model, setting, _), files in self.masks.items():
-            reached = self.parameters.get(model, set())
-            modules = files.channels if files is not None else ()
-            idle = [module for module in modules if files is not None and not reached & set(files.names_of(module))]
-            if idle:
-                found.append(
-                    f'mask "{setting}" of {model}: nothing of {len(idle)} modules will be moved, such as "{idle[0]}"; '
-                    "their outputs are made without this model"
-                )
-        return found
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether mergekit makes vocabulary tensors anew for a tokenizer."""
+        return self.config.tokenizer is not None or self.config.tokenizer_source is not None
+
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype] | None:
+        """The target's dtype and the output's, where the config names none."""
+        return promoted_dtype(tensor.headers.values() for tensor in self.tensors)
 
     def _check_models(self) -> None:
         if not self.models:
@@ -186,6 +198,22 @@ class PlanCheck:
                     self.problems.append(
                         f'mask "{setting}" of {model}: no output tensor matches module "{module}". If it is left out '
                         f"on purpose, make the mask with --exclude '{module}'"
+                    )
+
+    def _check_unmatched(self) -> None:
+        """What just the ability model has of a module would be missing beside the rows that are moved."""
+        for (model, _, _), files in self.masks.items():
+            theirs = set(self.checkpoint_of(model).headers).difference(
+                *(self.checkpoint_of(b).headers for b in self.bases)
+            )
+            if files is None or not theirs:
+                continue
+            for name in sorted(parameter_name(self.config_of(model), stored) for stored in theirs):
+                module = name.rpartition(".")[0]
+                if module in files.channels and name not in files.layout.owned_names:
+                    self.problems.append(
+                        f'{model} has "{name}" and the target does not: rows of "{module}", which the mask selects, '
+                        "would be moved without it; ACT needs models of one backbone"
                     )
 
     def _mask_files(self, model: ModelReference, setting: str | None, density: float | None) -> MaskFiles | None:
@@ -261,23 +289,35 @@ class PlanCheck:
         if any(shape != next(iter(shapes.values())) for shape in shapes.values()):
             shown = ", ".join(f"{shape} in {model}" for model, shape in shapes.items())
             self.problems.append(f'"{weight.name}" is {shown}; ACT needs models of one backbone')
-        if len(set(rows.values())) > 1:
-            self._check_lengths(weight, rows)
+        self._note_lengths(weight, rows)
 
-    def _check_lengths(self, weight: WeightInfo, rows: Mapping[ModelReference, int]) -> None:
-        aligned = self.config.tokenizer is not None or self.config.tokenizer_source is not None
-        if not aligned and not self.options.unsafe_truncate_embeddings:
-            shown = ", ".join(f"{model} has {count}" for model, count in rows.items())
+    def _check_dtype(self, weight: WeightInfo, header: TensorHeader | None) -> None:
+        """mergekit copies what are no floating-point numbers, but writes them in ``out_dtype`` as well."""
+        out_dtype = self.config.out_dtype
+        if out_dtype and header is not None and header.torch_dtype is None:
             self.problems.append(
-                f'vocabularies of "{weight.name}" differ: {shown} rows. Add "tokenizer: {{source: base}}" to the config'
+                f'"{weight.name}" is {header.dtype}: out_dtype would make {out_dtype} of it; say "dtype: {out_dtype}" '
+                "instead"
             )
+
+    def _note_lengths(self, weight: WeightInfo, rows: Mapping[ModelReference, int]) -> None:
+        """What happens to the rows that not all models have."""
+        if len(set(rows.values())) < 2 or self.has_tokenizer:
+            return
+        shown = ", ".join(f"{model} has {count:,}" for model, count in rows.items())
+        end = "rows behind the shorter one stay the target's"
+        if self.options.unsafe_truncate_embeddings:
+            end = (
+                f"--unsafe-truncate-embeddings cuts the output to {min(rows.values()):,}; without it the target's stay"
+            )
+        self.lengths.append(f'"{weight.name}": {shown} rows of token ids; {end}')
 
     def _names_of(self, base: ModelReference, source: WeightInfo) -> set[str]:
         """All names that a mask may have for a tensor of the target."""
         names = {source.name, *(source.aliases or ())}
         if any(name in (layout.shapes or layout.owned_names) for layout in self.layouts for name in names):
             return names  # Transformers takes half a second to tell its renamings
-        return names | {parameter_name(self._config(base), name) for name in names}
+        return names | {parameter_name(self.config_of(base), name) for name in names}
 
     def _sources(self, task: Any) -> dict[ModelReference, WeightInfo]:
         """model -> which of its tensors goes into an output."""
@@ -286,13 +326,13 @@ class PlanCheck:
 
     def _ties(self, model: ModelReference, files: MaskFiles | None = None) -> bool:
         """Whether a model's head is its embedding; Transformers asks the outer config of a vision-language model."""
-        return bool(getattr(self._config(model), "tie_word_embeddings", False))
+        return bool(getattr(self.config_of(model), "tie_word_embeddings", False))
 
     def _header(self, model: ModelReference, source: WeightInfo) -> TensorHeader | None:
         """What a model has of a tensor; None if it lacks it."""
         key = (model, source.name)
         if key not in self.headers:
-            stored = self._checkpoint(model).headers
+            stored = self.checkpoint_of(model).headers
             names = (source.name, *(source.aliases or ()), *(source.tied_names or ()))
             found = next((stored[name] for name in names if name in stored), None)
             self.headers[key] = found or self._converted(model, source.name)
@@ -300,17 +340,17 @@ class PlanCheck:
 
     def _converted(self, model: ModelReference, name: str) -> TensorHeader | None:
         """The header that a tensor has once mergekit has converted it from an older layout."""
-        checkpoint = self._checkpoint(model)
-        if not can_convert_checkpoint_keys(self._config(model).model_type, set(checkpoint.headers), name):
+        checkpoint = self.checkpoint_of(model)
+        if not can_convert_checkpoint_keys(self.config_of(model).model_type, set(checkpoint.headers), name):
             return None
         shape = checkpoint.shape(name)
         largest = max(checkpoint.headers.values(), key=lambda header: header.size)
         return None if shape is None else TensorHeader(largest.dtype, shape, CONVERTED)
 
-    def _config(self, model: ModelReference) -> Any:
-        return self._checkpoint(model).config
+    def config_of(self, model: ModelReference) -> Any:
+        return self.checkpoint_of(model).config
 
-    def _checkpoint(self, model: ModelReference) -> Checkpoint:
+    def checkpoint_of(self, model: ModelReference) -> Checkpoint:
         """The model's files as mergekit's loader has opened them."""
         if model not in self.checkpoints:
             loader = LoaderCache().get(model)
@@ -320,27 +360,6 @@ class PlanCheck:
                 config = model.config(self.options.trust_remote_code)
                 self.checkpoints[model] = Checkpoint(model, Path(loader.index.base_path), config)
         return self.checkpoints[model]
-
-    def _other_pairs(self) -> list[str]:
-        found = []
-        for (model, setting, _), files in self.masks.items():
-            for base in self.bases:
-                here = (self._checkpoint(base).fingerprint, self._checkpoint(model).fingerprint)
-                pairs = files.pairs if files is not None and all(here) else ()
-                if any(None not in pair and pair != here for pair in pairs):
-                    found.append(
-                        f'mask "{setting}" was made from another pair of models than {base} and {model}; it is used '
-                        "as it is"
-                    )
-        return found
-
-    def _other_forwards(self) -> list[str]:
-        return [
-            f"{base} and {model} differ in {key}: {ours} and {theirs}; the merged model runs with the target's"
-            for base in self.bases
-            for model in self.models
-            for key, ours, theirs in forward_differences(self._config(base), self._config(model))
-        ]
 
 
 def _fits(axis: int, chosen: Any, shape: Sequence[int]) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 from mergekit.merge_methods.registry import get
 from pydantic import ValidationError
 
+from mergekit_act.checking.completion import record_calls
 from mergekit_act.checking.configs import (
     MergeConfigError,
     config_problems,
@@ -28,8 +29,8 @@ from mergekit_act.checking.configs import (
     path_remarks,
 )
 from mergekit_act.checking.flat import FlatPlanCheck
+from mergekit_act.checking.outputs import follow_layers, name_dtype
 from mergekit_act.checking.plans import PlanCheck
-from mergekit_act.checking.slices import follow_layers
 from mergekit_act.merging import is_ours, refuse_to_run
 
 __all__ = ["wrap_flat_planner", "wrap_merge", "wrap_multimerge", "wrap_planner"]
@@ -97,10 +98,14 @@ def wrap_planner() -> None:
                 plan(self)
                 return
             with _one_sentence():
-                plan(self)
                 check = self.mergekit_act_check = PlanCheck(self.config, self.options)
-                self._tensors = [(weight, check.resolve(weight, task)) for weight, task in self._tensors]
+                with record_calls(self) as calls:
+                    plan(self)
+                check.complete(self, calls)
+                resolved = [(weight, check.resolve(weight, task)) for weight, task in self._tensors]
+                self._tensors = [(weight, task) for weight, task in resolved if task is not None]
                 follow_layers(self)
+                name_dtype(self, check.dtypes())
                 check.finish()
 
         return checked_plan

@@ -1,0 +1,86 @@
+"""The output's config, where mergekit's copy of the target's does not say what the output is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from mergekit_act.checkpoints import TensorHeader
+
+__all__ = ["follow_layers", "name_dtype", "promoted_dtype", "token_count"]
+
+
+def follow_layers(planner: Any) -> None:
+    """Give the output's layers the types of the layers they come from.
+
+    mergekit sets the number of layers alone. A config that lists a type per layer then does not fit, and Transformers
+    refuses to save it, after the merge.
+
+    Args:
+        planner: a ``MergePlanner`` that has planned; its output config is changed.
+    """
+    base = planner.config.base_model
+    out = planner.out_model_config.get_text_config()
+    slices = [part for module in planner.config.modules.values() for part in module.slices]
+    if base is None or len(planner.config.modules) != 1:
+        return
+    layers = [layer for part in slices for layer in range(*part.sources[0].layer_range)]
+    source = base.config(planner.options.trust_remote_code).get_text_config()
+    for key, kinds in vars(source).items():
+        fits = key.endswith("layer_types") and isinstance(kinds, list) and len(kinds) == source.num_hidden_layers
+        if fits and layers != list(range(len(kinds))):
+            setattr(out, key, [kinds[layer] for layer in layers])
+
+
+def name_dtype(planner: Any, dtypes: tuple[torch.dtype, torch.dtype] | None) -> None:
+    """Let the output's config name the dtype that its tensors have, where the merge config names none.
+
+    mergekit leaves the target's, in which Transformers would then load tensors that were promoted to a wider one.
+
+    Args:
+        planner: a ``MergePlanner`` that has planned; its output config is changed.
+        dtypes: what ``promoted_dtype`` has found.
+    """
+    config = planner.config
+    if dtypes is not None and config.dtype is None and config.out_dtype is None and dtypes[0] != dtypes[1]:
+        planner.out_model_config.dtype = dtypes[1]
+
+
+def promoted_dtype(tensors: Iterable[Iterable[TensorHeader | None]]) -> tuple[torch.dtype, torch.dtype] | None:
+    """The dtype of most of the target's numbers, and the one that a merge promotes them to if its config names none.
+
+    Args:
+        tensors: for every output tensor the headers of all models' tensors, the target's first.
+
+    Returns:
+        Both dtypes; None if the target has no floating-point tensor.
+    """
+    found: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
+    for first, *others in tensors:
+        if first is None or first.torch_dtype is None:
+            continue
+        promoted = first.torch_dtype
+        for dtype in (other.torch_dtype for other in others if other is not None):
+            promoted = promoted if dtype is None else torch.promote_types(promoted, dtype)
+        found[first.torch_dtype, promoted] += first.size
+    return found.most_common(1)[0][0] if found else None
+
+
+def token_count(model: Any, *, trust_remote_code: bool) -> int:
+    """How many tokens a model's tokenizer has, added ones included: to so many rows mergekit cuts its vocabulary.
+
+    Raises:
+        ValueError: the model has no tokenizer that can be loaded.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.model.path, revision=model.model.revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # Transformers and tokenizers raise many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the tokenizer of {model} cannot be loaded: {reason}") from error
+    return len(tokenizer.get_vocab())
