@@ -53,6 +53,7 @@ class FlatPlanCheck(PlanCheck):
         return f"{model} has no tensor {names}, which another model has; say --tensor-intersection to leave it out"
 
     def checkpoint_of(self, model: ModelReference) -> Checkpoint:
+        """The model's one file."""
         if model not in self.checkpoints:
             file = Path(model.model.path)
             self.checkpoints[model] = _WeightFile(model, file.parent, None, file.name)

@@ -348,6 +348,7 @@ class PlanCheck:
         return None if shape is None else TensorHeader(largest.dtype, shape, CONVERTED)
 
     def config_of(self, model: ModelReference) -> Any:
+        """A model's Transformers config."""
         return self.checkpoint_of(model).config
 
     def checkpoint_of(self, model: ModelReference) -> Checkpoint:
