@@ -25,9 +25,11 @@ from torch import Tensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-__all__ = ["Checkpoint", "TensorHeader", "open_checkpoint", "parameter_name", "read_config", "read_headers"]
+__all__ = ["Checkpoint", "TensorHeader", "open_checkpoint", "parameter_name", "quantisation", "read_config", "read_headers"]
 
 _MIB = 1 << 20
+# What holds packed weights; integers of other names are buffers, such as GPT-2's causal masks.
+_PACKED = re.compile(r"(weight|_packed|_proj|qzeros|_blocks)$")
 _FLOATS = {
     **dict.fromkeys(("BF16", "bfloat16"), torch.bfloat16),
     **dict.fromkeys(("F16", "float16"), torch.float16),
@@ -199,6 +201,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a model reference as mergekit takes it, fetching it from the Hub if it is not a local folder.
 
+    A ``quantization_config`` that stands beside plain weights is taken out of the config.
+
     Raises:
         FileNotFoundError: the folder has no config or no weights.
         ValueError: the weights are quantised, or a LoRA reference comes without ``lora_merge_cache``.
@@ -207,12 +211,45 @@ def open_checkpoint(
     if parsed.lora is not None and lora_merge_cache is None:
         raise ValueError(f"{reference} has a LoRA; say --lora-merge-cache FOLDER, where the merged model is kept")
     config = read_config(reference, trust_remote_code=trust_remote_code)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise ValueError(f"{reference} is quantised ({method}); expected float32, float16 or bfloat16 weights")
+    method = _declared_quantisation(config)
+    if method is not None and not Path(parsed.model.path).is_dir():
+        raise ValueError(_quantised(reference, f"{method}, by its config"))
     merged = parsed.merged(cache_dir=lora_merge_cache, trust_remote_code=trust_remote_code)
-    return Checkpoint(parsed, Path(merged.local_path()), config)
+    checkpoint = Checkpoint(parsed, Path(merged.local_path()), config)
+    found = quantisation(checkpoint)
+    if found is not None:
+        raise ValueError(_quantised(reference, found))
+    if method is not None:
+        del config.quantization_config
+    return checkpoint
+
+
+def quantisation(checkpoint: Checkpoint) -> str | None:
+    """How a checkpoint's weights are quantised, as its files show it; None for plain weights.
+
+    A config tells nothing: many keep a ``quantization_config`` when their weights were converted back.
+    """
+    for name, header in sorted(checkpoint.headers.items()):
+        kind = header.dtype.lower().removeprefix("torch.")
+        few_bits = re.match(r"(f|float)[468]_", kind + "_") is not None
+        packed = re.match(r"(u|i|u?int)(8|16|32)$", kind) is not None and _PACKED.search(name) is not None
+        if few_bits or packed:
+            method = _declared_quantisation(checkpoint.config)
+            return f'{method or "no method named"}: "{name}" is {header.dtype}'
+    return None
+
+
+def _declared_quantisation(config: Any) -> str | None:
+    """The method that a config's ``quantization_config`` names; None if it has none."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method) or "unnamed")
+
+
+def _quantised(reference: str, how: str) -> str:
+    return f"{reference} is quantised ({how}); expected float32, float16 or bfloat16 weights"
 
 
 def read_config(reference: str, *, trust_remote_code: bool = False) -> Any:

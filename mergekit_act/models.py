@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def load_model(
     try:
         model, report = model_class(checkpoint.config).from_pretrained(
             str(checkpoint.folder),
+            config=copy.deepcopy(checkpoint.config),
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,

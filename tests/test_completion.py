@@ -17,6 +17,8 @@ from test_merging import act_config, assert_merged, merged, random_mask, refusal
 
 from mergekit_act.artifacts import Mask, save_mask
 from mergekit_act.channels import channel_layout
+from mergekit_act.checkpoints import open_checkpoint
+from mergekit_act.models import load_model
 from mergekit_act.profiling import open_pair
 
 
@@ -160,7 +162,7 @@ def test_a_bias_that_only_the_ability_model_has(pair_of, with_biases, tmp_path):
     random_mask(*pair_of("llama"), tmp_path / "m.safetensors")
     parameters = {"weight": 0.4, "mask": str(tmp_path / "m.safetensors")}
     message = refusal(act_config(target, (ability, parameters)), tmp_path / "refused")
-    assert 'has "model.layers.0.self_attn.q_proj.bias" and the target does not' in message
+    assert f'{ability} has 8 tensors that the target lacks, such as "model.layers.0.self_attn.k_proj.bias"' in message
     random_mask(*pair_of("llama"), tmp_path / "mlp.safetensors", exclude=["*self_attn*"])
     parameters["mask"] = str(tmp_path / "mlp.safetensors")
     assert set(merged(act_config(target, (ability, parameters)), tmp_path / "out")) == set(state_of(target))
@@ -240,6 +242,65 @@ def test_a_promoted_dtype_is_told_and_named(pair_of, tmp_path):
     merged(config | {"dtype": "float16"}, tmp_path / "half")
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "float16"
     assert not [line for line in summary(config | {"dtype": "float16"}, tmp_path)["remarks"] if "together" in line]
+
+
+# Quantised weights
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def with_quantisation(folder: Path, to: Path, settings: dict) -> Path:
+    """A copy whose config says that it is quantised."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text()) | {"quantization_config": settings}
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def packed(form: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A weight as it lies in files of this form."""
+    if form == "fp8":
+        return {name: tensor.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+    if form == "bitsandbytes":
+        return {name: torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8), f"{name}.absmax": torch.ones(4)}
+    stem = name.removesuffix("weight")
+    return {f"{stem}qweight": torch.zeros(4, 4, dtype=torch.int32), f"{stem}scales": torch.ones(4)}
+
+
+@pytest.mark.parametrize("form", ["fp8", "bitsandbytes", "gptq"])
+@pytest.mark.parametrize("declared", [True, False])
+def test_quantised_weights_are_refused_everywhere(pair_of, tmp_path, form, declared):
+    """By what is in the files, whatever the config says."""
+    target, ability = pair_of("qwen2")
+    settings = {"quant_method": form} if form != "fp8" else FP8
+    folder = tmp_path / "quantised"
+    with_quantisation(ability, folder, settings) if declared else shutil.copytree(ability, folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in state_of(ability).items():
+        tensors |= packed(form, name, tensor) if "proj.weight" in name else {name: tensor}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    random_mask(target, ability, tmp_path / "m.safetensors")
+    parameters = {"weight": 0.4, "mask": str(tmp_path / "m.safetensors")}
+    for pair in ((target, folder), (folder, target)):
+        for top in ({}, {"dtype": "bfloat16"}):
+            message = refusal(act_config(pair[0], (pair[1], parameters), **top), tmp_path / "refused")
+            assert message.count("\n") == 1
+            assert f"{folder} is quantised ({form if declared else 'no method named'}: " in message
+        with pytest.raises(ValueError, match=r"is quantised \(.*expected float32, float16 or bfloat16 weights"):
+            open_pair(*map(str, pair))
+
+
+def test_a_leftover_of_a_quantisation_beside_plain_weights(pair_of, tmp_path):
+    """It is no quantised model, neither for profiles nor for merges, and the output does not say that it is one."""
+    target = with_quantisation(pair_of("qwen2")[0], tmp_path / "target", FP8)
+    ability = with_quantisation(pair_of("qwen2")[1], tmp_path / "ability", {"quant_method": "awq", "bits": 4})
+    mask = random_mask(target, ability, tmp_path / "m.safetensors")
+    config = act_config(target, (ability, {"weight": 0.4, "mask": str(tmp_path / "m.safetensors")}))
+    assert_merged(merged(config, tmp_path / "out"), state_of(target), [(state_of(ability), 0.4, mask)], tied=False)
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    model = load_model(open_checkpoint(str(ability)), dtype=torch.float32)
+    assert torch.equal(model.state_dict()["lm_head.weight"], state_of(ability)["lm_head.weight"])
 
 
 def test_mergekits_own_methods_are_left_as_they_are(with_biases, tmp_path):

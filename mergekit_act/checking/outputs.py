@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from mergekit_act.checkpoints import TensorHeader
 
-__all__ = ["follow_layers", "name_dtype", "promoted_dtype", "token_count"]
+__all__ = ["drop_quantisation", "follow_layers", "name_dtype", "promoted_dtype", "token_count"]
 
 
 def follow_layers(planner: Any) -> None:
@@ -48,6 +48,15 @@ def name_dtype(planner: Any, dtypes: tuple[torch.dtype, torch.dtype] | None) -> 
     config = planner.config
     if dtypes is not None and config.dtype is None and config.out_dtype is None and dtypes[0] != dtypes[1]:
         planner.out_model_config.dtype = dtypes[1]
+
+
+def drop_quantisation(planner: Any) -> None:
+    """Take a ``quantization_config`` out of the output's config: the target's weights have been found to be plain.
+
+    Transformers would refuse them, or quantise them while it loads them.
+    """
+    if getattr(planner.out_model_config, "quantization_config", None) is not None:
+        del planner.out_model_config.quantization_config
 
 
 def promoted_dtype(tensors: Iterable[Iterable[TensorHeader | None]]) -> tuple[torch.dtype, torch.dtype] | None:

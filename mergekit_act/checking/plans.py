@@ -23,7 +23,7 @@ from mergekit_act.checking.headers import HeaderLoader
 from mergekit_act.checking.loads import CONVERTED, CopyOf, load_less
 from mergekit_act.checking.outputs import promoted_dtype
 from mergekit_act.checking.remarks import plan_remarks
-from mergekit_act.checkpoints import Checkpoint, TensorHeader, parameter_name
+from mergekit_act.checkpoints import Checkpoint, TensorHeader, parameter_name, quantisation
 from mergekit_act.merging import MaskFiles, TensorSelection, channels_along, load_mask_files
 
 __all__ = ["PlanCheck", "PlannedTensor"]
@@ -82,6 +82,21 @@ class PlanCheck:
     def layouts(self) -> list[Layout]:
         """Of the masks' models."""
         return [files.layout for files in self.masks.values() if files is not None]
+
+    def refuse_quantised(self) -> None:
+        """Refuse quantised models, whose other names and shapes would be so many problems more.
+
+        Raises:
+            MergeConfigError: a model is quantised.
+        """
+        found = {model: quantisation(self.checkpoint_of(model)) for model in self.config.referenced_models()}
+        problems = [
+            f"{model} is quantised ({how}); expected float32, float16 or bfloat16 weights"
+            for model, how in found.items()
+            if how is not None
+        ]
+        if problems:
+            raise MergeConfigError(problems)
 
     def complete(self, planner: Any, calls: Sequence[PlannedCall]) -> None:
         """Plan what the target has and mergekit's definition of its architecture lacks."""
@@ -208,13 +223,14 @@ class PlanCheck:
             )
             if files is None or not theirs:
                 continue
-            for name in sorted(parameter_name(self.config_of(model), stored) for stored in theirs):
-                module = name.rpartition(".")[0]
-                if module in files.channels and name not in files.layout.owned_names:
-                    self.problems.append(
-                        f'{model} has "{name}" and the target does not: rows of "{module}", which the mask selects, '
-                        "would be moved without it; ACT needs models of one backbone"
-                    )
+            known = files.layout.owned_names
+            names = sorted({parameter_name(self.config_of(model), stored) for stored in theirs} - known)
+            lone = [name for name in names if name.rpartition(".")[0] in files.channels]
+            if lone:
+                self.problems.append(
+                    f'{model} has {len(lone)} tensors that the target lacks, such as "{lone[0]}": rows of their modules, '
+                    "which the mask selects, would be moved without them; ACT needs models of one backbone"
+                )
 
     def _mask_files(self, model: ModelReference, setting: str | None, density: float | None) -> MaskFiles | None:
         if setting is None:

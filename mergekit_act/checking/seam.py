@@ -29,7 +29,7 @@ from mergekit_act.checking.configs import (
     path_remarks,
 )
 from mergekit_act.checking.flat import FlatPlanCheck
-from mergekit_act.checking.outputs import follow_layers, name_dtype
+from mergekit_act.checking.outputs import drop_quantisation, follow_layers, name_dtype
 from mergekit_act.checking.plans import PlanCheck
 from mergekit_act.merging import is_ours, refuse_to_run
 
@@ -99,6 +99,7 @@ def wrap_planner() -> None:
                 return
             with _one_sentence():
                 check = self.mergekit_act_check = PlanCheck(self.config, self.options)
+                check.refuse_quantised()
                 with record_calls(self) as calls:
                     plan(self)
                 check.complete(self, calls)
@@ -106,6 +107,7 @@ def wrap_planner() -> None:
                 self._tensors = [(weight, task) for weight, task in resolved if task is not None]
                 follow_layers(self)
                 name_dtype(self, check.dtypes())
+                drop_quantisation(self)
                 check.finish()
 
         return checked_plan
