@@ -25,7 +25,15 @@ from torch import Tensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-__all__ = ["Checkpoint", "TensorHeader", "open_checkpoint", "parameter_name", "quantisation", "read_config", "read_headers"]
+__all__ = [
+    "Checkpoint",
+    "TensorHeader",
+    "open_checkpoint",
+    "parameter_name",
+    "quantisation",
+    "read_config",
+    "read_headers",
+]
 
 _MIB = 1 << 20
 # What holds packed weights; integers of other names are buffers, such as GPT-2's causal masks.

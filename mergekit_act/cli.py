@@ -369,9 +369,9 @@ def merge(arguments: tuple[str, ...]) -> None:
     from mergekit_act import autoload
 
     autoload.install()
-    from mergekit.scripts.run_yaml import main as mergekit_yaml
+    from mergekit_act.merging.command import run_mergekit_yaml
 
-    mergekit_yaml.main(args=list(arguments), prog_name="mergekit-act merge")
+    run_mergekit_yaml(arguments)
 
 
 @main.command()

@@ -228,8 +228,8 @@ class PlanCheck:
             lone = [name for name in names if name.rpartition(".")[0] in files.channels]
             if lone:
                 self.problems.append(
-                    f'{model} has {len(lone)} tensors that the target lacks, such as "{lone[0]}": rows of their modules, '
-                    "which the mask selects, would be moved without them; ACT needs models of one backbone"
+                    f'{model} has {len(lone)} tensors that the target lacks, such as "{lone[0]}": rows of their '
+                    "modules are selected and would be moved without them; ACT needs models of one backbone"
                 )
 
     def _mask_files(self, model: ModelReference, setting: str | None, density: float | None) -> MaskFiles | None:
