@@ -369,7 +369,7 @@ def merge(arguments: tuple[str, ...]) -> None:
     from mergekit_act import autoload
 
     autoload.install()
-    from mergekit_act.merging.command import run_mergekit_yaml
+    from mergekit_act.checking.command import run_mergekit_yaml
 
     run_mergekit_yaml(arguments)
 

@@ -109,6 +109,15 @@ def test_problems_make_it_fail_and_are_listed(pair_of, tmp_path):
         ("merge_method: act_tie\nmodels: [{model: a}]\n", 'did you mean "act_ties"?'),
         ("merge_method: act\nbase_model: ./nope\nmodels: [{model: ./nope}]\n", "./nope does not exist"),
         ("merge_method: [\n", "is no merge config"),
+        (
+            "merge_method: act\nmodels: [{model: a, parameters: {mask: null}}]\n",
+            "is no merge config: models.0.parameters.mask is null; give it a value or leave it out",
+        ),
+        (
+            "merge_method: act\nmodels: [{model: a, parameters: {weight: {a: b}}}]\n",
+            "models.0.parameters.weight is nothing that a parameter can be; expected a number",
+        ),
+        ("merge_method: act\nslices: 5\n", "is no merge config: slices: Input should be a valid list, got 5"),
         ("a: 1\n---\nb: 2\n", "holds several configs"),
         ("merge_method: act\nmodls: []\n", "is no merge config"),
     ],

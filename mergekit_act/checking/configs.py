@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 from mergekit.common import ModelReference
+from pydantic import ValidationError
 
 from mergekit_act.checkpoints import Checkpoint, read_config, read_headers
 from mergekit_act.merging import find_mask_files, load_mask_files
@@ -23,6 +24,7 @@ __all__ = [
     "model_problems",
     "path_remarks",
     "setting_problems",
+    "value_problems",
 ]
 
 LOG = logging.getLogger(__name__)
@@ -53,6 +55,37 @@ def config_problems(config: Any, spec: Any) -> list[str]:
     if config.get("base_model") is None:
         problems.append(f"{spec.name} needs base_model, the target; the config names none")
     return problems + _slices_without_the_target(config)
+
+
+def value_problems(error: ValidationError) -> list[str]:
+    """What is wrong with the values of a config, a sentence for each, as pydantic found it.
+
+    A parameter may be of seven kinds, and pydantic tells of each why a value is none.
+    """
+    found: dict[str, str] = {}
+    for detail in error.errors():
+        loc = [str(part) for part in detail["loc"]]
+        got = f"got {_shown(detail['input'])}"
+        if "parameters" in loc[:-1]:
+            place = loc.index("parameters") + 2
+            where = ".".join(loc[:place])
+            value = "null" if detail["input"] is None and len(loc) == place + 1 else got
+            if value == "null":
+                found[where] = f"{where} is null; give it a value or leave it out"
+            else:
+                expected = "expected a number, a text, a list of such (a gradient over layers), or filters with values"
+                found.setdefault(where, f"{where} is nothing that a parameter can be; {expected}")
+        else:
+            where = ".".join(loc)
+            missing = detail["type"] == "missing"
+            found.setdefault(where, f"{where} is missing" if missing else f"{where}: {detail['msg']}, {got}")
+    problems = [problem[:300] for problem in found.values()]
+    return problems[:10] + ([f"… and {len(problems) - 10} more"] if len(problems) > 10 else [])
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def model_problems(models: Iterable[ModelReference], options: Any) -> list[str]:

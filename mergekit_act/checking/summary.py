@@ -15,9 +15,10 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.registry import get, registered_methods
 from mergekit.options import MergeOptions, add_merge_options
 from mergekit.sparsify import SparsificationMethod
+from pydantic import ValidationError
 
 from mergekit_act.channels import kind_pattern
-from mergekit_act.checking.configs import path_remarks
+from mergekit_act.checking.configs import path_remarks, value_problems
 from mergekit_act.checking.costs import bytes_read, bytes_written, peak_memory, shape_of, union_of
 from mergekit_act.checking.headers import only_headers
 from mergekit_act.checking.planning import check_before_planning, plan_merge
@@ -139,6 +140,8 @@ def check_config(path: str | Path, options: MergeOptions) -> CheckSummary:
         config = MergeConfiguration.model_validate(written)
     except yaml.composer.ComposerError as error:
         raise ValueError(f"{path} holds several configs, as for mergekit-multi; check takes one") from error
+    except ValidationError as error:
+        raise ValueError(f"{path} is no merge config: {'; '.join(value_problems(error))}") from error
     except (yaml.YAMLError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is no merge config: {' '.join(str(error).split())}") from error
     if not is_ours(config.merge_method):

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import click
+from pydantic import ValidationError
+
+from mergekit_act.checking.configs import value_problems
 
 __all__ = ["run_mergekit_yaml"]
 
@@ -29,6 +32,8 @@ def run_mergekit_yaml(arguments: Sequence[str]) -> None:
                 raise
         except click.ClickException:
             raise
+        except ValidationError as error:
+            raise click.ClickException("; ".join(value_problems(error))) from error
         except Exception as error:  # mergekit lets through what files, safetensors, pydantic and torch raise
             if verbose:
                 raise
