@@ -22,14 +22,15 @@ from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from mergekit_act.channels import build_skeleton
 
 __all__ = [
     "Checkpoint",
     "TensorHeader",
     "open_checkpoint",
-    "parameter_name",
     "quantisation",
     "read_config",
     "read_headers",
@@ -147,6 +148,64 @@ class Checkpoint:
         snapshot = self.folder.name if self.folder.parent.name == "snapshots" else model.revision
         return {"model": name, "revision": None if local else snapshot, "fingerprint": self.fingerprint}
 
+    def parameter_name(self, stored: str) -> str:
+        """The Transformers parameter name of a stored tensor, where a model's files keep older names.
+
+        Vision-language models do: the files of Gemma 3 say ``language_model.model.layers.0``, the model
+        ``model.language_model.layers.0``.
+        """
+        return self._rename(stored)[0]
+
+    def stored_name(self, name: str) -> str | None:
+        """The stored tensor that is a parameter, under any of the parameter's names; None if it has to be converted."""
+        return self._stored_names.get(self.parameter_name(name))
+
+    @cached_property
+    def skeleton(self) -> Any | None:
+        """The model without its weights; None where Transformers does not have its class."""
+        try:
+            return build_skeleton(self.config)
+        except Exception:  # a model's own code, which may raise anything, or no config at all
+            return None
+
+    def expects(self, name: str) -> bool:
+        """Whether the model that the config describes stores this tensor, as far as Transformers knows the model.
+
+        A tied head is not stored beside its embedding.
+        """
+        if self.skeleton is None:
+            return True
+        return self.parameter_name(name) in self.skeleton.state_dict() and self.tied_name(name) is None
+
+    def tied_name(self, name: str) -> str | None:
+        """The stored tensor that the model ties to this one; None if it ties none."""
+        if self.skeleton is None:
+            return None
+        parameters = dict(self.skeleton.named_parameters(remove_duplicate=False))
+        own = parameters.get(self.parameter_name(name))
+        twins = [other for other, parameter in parameters.items() if parameter is own and other != name]
+        return next(filter(None, map(self.stored_name, twins)), None)
+
+    @cached_property
+    def _rename(self) -> Callable[[str], tuple[str, str | None]]:
+        """Transformers' own renaming: stored name -> parameter's name, and what converts it besides, if anything does.
+
+        For a model whose class Transformers does not have, names stay as they are.
+        """
+        if self.skeleton is None:
+            return lambda stored: (stored, None)
+        transforms = get_model_conversion_mapping(self.skeleton)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        prefix, state = self.skeleton.base_model_prefix, self.skeleton.state_dict()
+        return lambda stored: rename_source_key(stored, renamings, converters, prefix, state)
+
+    @cached_property
+    def _stored_names(self) -> dict[str, str]:
+        """Parameter name -> stored name, for those that are only renamed."""
+        renamed = {stored: self._rename(stored) for stored in self.headers}
+        return {name: stored for stored, (name, converter) in renamed.items() if converter is None}
+
     def read(self, *names: str) -> Tensor | None:
         """A tensor by its Transformers parameter name, converted if it is stored in an older layout.
 
@@ -198,7 +257,8 @@ class Checkpoint:
                 converted: Tensor | None = convert_checkpoint_tensors(family, sources, name)
                 if converted is not None:
                     return converted
-        return None
+        stored = next(filter(None, map(self.stored_name, names)), None)
+        return None if stored is None else get(stored)
 
 
 def open_checkpoint(
@@ -278,20 +338,6 @@ def read_config(reference: str, *, trust_remote_code: bool = False) -> Any:
         return parsed.config(trust_remote_code=trust_remote_code)
     except OSError as error:  # not on the Hub, or the Hub is out of reach
         raise FileNotFoundError(f"{reference} has no config that can be loaded: {_one_line(error)}") from error
-
-
-def parameter_name(config: Any, stored: str) -> str:
-    """The Transformers parameter name of a stored tensor, where a model's files keep older names.
-
-    Vision-language models do: the files of Qwen2.5-VL say ``model.layers.0``, the model
-    ``model.language_model.layers.0``.
-    """
-    # Transformers keeps its conversions under the class's name or the model type.
-    for family in (*(config.architectures or ()), config.model_type):
-        for transform in get_checkpoint_conversion_mapping(family) or ():
-            if isinstance(transform, WeightRenaming):
-                stored = transform.rename_source_key(stored)[0]
-    return stored
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:

@@ -50,6 +50,16 @@ def dense_first(tmp_path_factory) -> tuple[Path, Path]:
     return make_model(config, root / "target", seed=1), make_model(config, root / "ability", seed=2)
 
 
+def full_state(folder: Path) -> dict[str, torch.Tensor]:
+    """A model's tensors as Transformers loads them, both names of tied ones."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    return dict(model.state_dict())
+
+
 @pytest.mark.parametrize("method", ["act", "act_task_arithmetic"])
 def test_biases_that_the_definition_lacks_move_with_their_rows(with_biases, tmp_path, method):
     target, ability = with_biases
@@ -71,14 +81,7 @@ def test_experts_behind_dense_layers(dense_first, tmp_path):
     chosen = {m: torch.rand(layout.channel_shape(m), generator=generator) < 0.4 for m in layout.modules}
     save_mask(Mask(chosen, layout), tmp_path / "m.safetensors")
     merged(act_config(target, (ability, {"weight": 0.4, "mask": str(tmp_path / "m.safetensors")})), tmp_path / "out")
-    states = []
-    for folder in (target, ability, tmp_path / "out"):
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
-        assert not report["missing_keys"]
-        assert not report["unexpected_keys"]
-        states.append(model.state_dict())
+    states = [full_state(folder) for folder in (target, ability, tmp_path / "out")]
     assert_merged(states[2], states[0], [(states[1], 0.4, Mask(chosen, layout))], tied=False)
     experts = "model.layers.2.mlp.experts.gate_up_proj"
     assert not torch.equal(states[2][experts], states[0][experts])
@@ -107,6 +110,36 @@ def test_what_no_model_class_knows_is_copied(pair_of, tmp_path):
     assert half["model.layers.2.eh_proj.weight"].dtype == torch.bfloat16
     message = refusal(config | {"out_dtype": "bfloat16"}, tmp_path / "refused")
     assert '"counter" is I64: out_dtype would make bfloat16 of it; say "dtype: bfloat16" instead' in message
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "phi3-tied", "phi3-untied-target"])
+def test_what_the_definition_has_and_the_target_lacks(pair_of, tmp_path, name):
+    """Buffers that Transformers 5 no longer saves, a head that is tied: mergekit's own methods refuse these models."""
+    if name == "gpt_neox":
+        target, ability = pair_of(name)
+    else:
+        ties = [name == "phi3-tied", True]
+        target, ability = (
+            make_model(tiny_config("phi3", tie_word_embeddings=tied), tmp_path / f"model{seed}", seed=seed)
+            for seed, tied in enumerate(ties)
+        )
+    mask = random_mask(target, ability, tmp_path / "m.safetensors")
+    config = act_config(target, (ability, {"weight": 0.4, "mask": str(tmp_path / "m.safetensors")}))
+    result = merged(config, tmp_path / "out")
+    assert set(result) == set(state_of(target))
+    states = [full_state(folder) for folder in (tmp_path / "out", target, ability)]
+    assert_merged(states[0], states[1], [(states[2], 0.4, mask)], tied=name == "phi3-tied")
+
+
+def test_a_tensor_that_the_target_has_lost_is_refused(pair_of, tmp_path):
+    target, ability = pair_of("qwen2")
+    shutil.copytree(target, tmp_path / "target")
+    state = {name: tensor for name, tensor in state_of(target).items() if name != "model.layers.1.mlp.up_proj.weight"}
+    save_file(state, tmp_path / "target/model.safetensors", metadata={"format": "pt"})
+    random_mask(target, ability, tmp_path / "m.safetensors")
+    parameters = {"weight": 0.4, "mask": str(tmp_path / "m.safetensors")}
+    message = refusal(act_config(tmp_path / "target", (ability, parameters)), tmp_path / "out")
+    assert f'{tmp_path / "target"} has no tensor "model.layers.1.mlp.up_proj.weight", which its config' in message
 
 
 def slices(target: Path, ability: Path, ranges: list[list[int]], parameters: dict) -> dict:

@@ -529,26 +529,6 @@ def test_tokenizer_settings_that_move_selected_rows(good, tmp_path, tokenizer, w
     assert run_merge(config, tmp_path / "fine").exit_code == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor"), [("gpt_neox", "gpt_neox.layers.0.attention.bias"), ("phi3", "lm_head.weight")]
-)
-def test_what_mergekit_cannot_merge_fails_in_one_sentence(pair_of, tmp_path, name, tensor):
-    """mergekit 0.1.5 cannot merge gpt-neox saved by Transformers 5, nor phi3 with a tied head."""
-    if name == "phi3":
-        tied = tiny_config("phi3", tie_word_embeddings=True)
-        target, ability = (make_model(tied, tmp_path / n, seed=i) for i, n in enumerate("ta"))
-    else:
-        target, ability = pair_of(name)
-    random_mask(target, ability, tmp_path / "m.safetensors")
-    message = refusal(
-        act_config(target, (ability, {"weight": 1.0, "mask": str(tmp_path / "m.safetensors")})), tmp_path / "out"
-    )
-    assert f'{target} has no tensor "{tensor}"' in message
-    assert (
-        "which mergekit expects of this architecture; its other methods cannot merge this checkpoint either" in message
-    )
-
-
 def test_a_mask_of_another_pair_is_told_and_used(good, tmp_path, caplog):
     target, _, parameters = good
     third = make_model(tiny_config("qwen2"), tmp_path / "third", seed=7)

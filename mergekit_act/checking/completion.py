@@ -9,7 +9,7 @@ selects it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +19,7 @@ from mergekit.architecture import WeightInfo
 from mergekit.architecture.auto import infer_vocabulary_axes
 from mergekit.common import ModelReference
 
-from mergekit_act.channels import build_skeleton
-from mergekit_act.checkpoints import Checkpoint, parameter_name
+from mergekit_act.checkpoints import Checkpoint
 
 __all__ = ["PlannedCall", "plan_left_out", "record_calls"]
 
@@ -43,16 +42,28 @@ class PlannedCall:
 
 
 @contextmanager
-def record_calls(planner: Any) -> Iterator[list[PlannedCall]]:
-    """While it is entered, every tensor that a ``MergePlanner`` plans or skips is written down."""
+def record_calls(
+    planner: Any, locate: Callable[[ModelReference, WeightInfo], WeightInfo]
+) -> Iterator[list[PlannedCall]]:
+    """While it is entered, every tensor that a ``MergePlanner`` plans or skips is written down.
+
+    Args:
+        planner: the planner.
+        locate: gives a model's tensor the name under which the model's files have it, as an alias.
+    """
     calls: list[PlannedCall] = []
     plan_tensor = planner.plan_tensor
 
     def recorded(
         weight: WeightInfo, weights_in: list[WeightInfo], models: list[ModelReference], cfg_reader: Any
     ) -> None:
-        calls.append(PlannedCall(weight, dict(zip(models, weights_in, strict=False)), cfg_reader))
-        plan_tensor(weight, weights_in, models, cfg_reader)
+        # Not strict: mergekit gives the last tensors of a config with slices the sources of the first slice.
+        sources = {model: locate(model, source) for model, source in zip(models, weights_in, strict=False)}
+        call = PlannedCall(weight, sources, cfg_reader)
+        calls.append(call)
+        if weight.optional and any(source.aliases for source in sources.values()):
+            return  # mergekit cannot look for it; it is planned with what has been left out
+        plan_tensor(weight, list(sources.values()), models, cfg_reader)
 
     planner.plan_tensor = recorded
     try:
@@ -137,8 +148,9 @@ class _Plan:
 
     def conversions(self, left_out: set[str]) -> dict[str, tuple[str, ...]]:
         """Parameters of Transformers' model that are made of several of these tensors -> which."""
+        skeleton = self.checkpoint.skeleton
         found = {}
-        for name in self._parameters:
+        for name in () if skeleton is None else dict(skeleton.named_parameters()):
             sources = self.checkpoint.sources(name)
             if len(sources) > 1 and set(sources) <= left_out:
                 found[name] = sources
@@ -146,7 +158,7 @@ class _Plan:
 
     def vocabulary_axis(self, name: str) -> int | None:
         """The axis of token ids of a tensor that the plan lacks."""
-        return self._axes.get(parameter_name(self.checkpoint.config, name))
+        return self._axes.get(self.checkpoint.parameter_name(name))
 
     def places(self, name: str) -> list[tuple[str, dict[ModelReference, WeightInfo], PlannedCall]] | None:
         """Where a tensor goes: (output's name, each model's tensor, a planned tensor beside it).
@@ -204,19 +216,9 @@ class _Plan:
         return int(getattr(self.checkpoint.config.get_text_config(), "num_hidden_layers", 0))
 
     @cached_property
-    def _skeleton(self) -> Any:
-        try:
-            return build_skeleton(self.checkpoint.config)
-        except Exception:  # a model's own code, which was not allowed: its parameters are known by their files alone
-            return None
-
-    @cached_property
-    def _parameters(self) -> list[str]:
-        return [] if self._skeleton is None else [name for name, _ in self._skeleton.named_parameters()]
-
-    @cached_property
     def _axes(self) -> dict[str, int]:
-        return {} if self._skeleton is None else dict(infer_vocabulary_axes(self._skeleton))
+        skeleton = self.checkpoint.skeleton
+        return {} if skeleton is None else dict(infer_vocabulary_axes(skeleton))
 
 
 def _layer_of(name: str) -> str:

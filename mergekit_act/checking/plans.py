@@ -23,7 +23,7 @@ from mergekit_act.checking.headers import HeaderLoader
 from mergekit_act.checking.loads import CONVERTED, CopyOf, load_less
 from mergekit_act.checking.outputs import promoted_dtype
 from mergekit_act.checking.remarks import plan_remarks
-from mergekit_act.checkpoints import Checkpoint, TensorHeader, parameter_name, quantisation
+from mergekit_act.checkpoints import Checkpoint, TensorHeader, quantisation
 from mergekit_act.merging import MaskFiles, TensorSelection, channels_along, load_mask_files
 
 __all__ = ["PlanCheck", "PlannedTensor"]
@@ -98,6 +98,19 @@ class PlanCheck:
         if problems:
             raise MergeConfigError(problems)
 
+    def located(self, model: ModelReference, source: WeightInfo) -> WeightInfo:
+        """A model's tensor, with the name under which its files have it among its aliases, if that is another one."""
+        checkpoint = self.checkpoint_of(model)
+        names = (source.name, *(source.aliases or ()), *(source.tied_names or ()))
+        if any(name in checkpoint.headers for name in names):
+            return source
+        stored = checkpoint.stored_name(source.name)
+        if stored is None and model != self.config.base_model:
+            stored = checkpoint.tied_name(source.name)
+        if stored is None:
+            return source
+        return source.model_copy(update={"aliases": (*(source.aliases or ()), stored)})
+
     def complete(self, planner: Any, calls: Sequence[PlannedCall]) -> None:
         """Plan what the target has and mergekit's definition of its architecture lacks."""
         base = self.config.base_model
@@ -107,12 +120,13 @@ class PlanCheck:
     def resolve(self, weight: WeightInfo, task: Any) -> Any:
         """The task with each model's mask setting replaced by what it selects of this tensor.
 
-        None for a tensor that the target does not have: the output is the target's.
+        None for a tensor that the target does not have and its config does not ask for: the output is the target's.
         """
         sources = self._sources(task)
         base = task.base_model
         self.bases[base] = None
-        if weight.optional and self._header(base, sources[base]) is None:
+        absent = self._header(base, sources[base]) is None
+        if absent and (weight.optional or not self.checkpoint_of(base).expects(sources[base].name)):
             return None
         self._check_presence(weight, base, sources)
         given = dict(task.input_parameters.items())
@@ -198,8 +212,8 @@ class PlanCheck:
 
     def _missing_sentence(self, model: ModelReference, names: str) -> str:
         return (
-            f"{model} has no tensor {names}, which mergekit expects of this architecture; its other methods cannot "
-            "merge this checkpoint either"
+            f"{model} has no tensor {names}, which its config asks for; fetch or save it again, or it is of another "
+            "backbone"
         )
 
     def _check_matches(self) -> None:
@@ -224,7 +238,7 @@ class PlanCheck:
             if files is None or not theirs:
                 continue
             known = files.layout.owned_names
-            names = sorted({parameter_name(self.config_of(model), stored) for stored in theirs} - known)
+            names = sorted({self.checkpoint_of(model).parameter_name(stored) for stored in theirs} - known)
             lone = [name for name in names if name.rpartition(".")[0] in files.channels]
             if lone:
                 self.problems.append(
@@ -333,7 +347,7 @@ class PlanCheck:
         names = {source.name, *(source.aliases or ())}
         if any(name in (layout.shapes or layout.owned_names) for layout in self.layouts for name in names):
             return names  # Transformers takes half a second to tell its renamings
-        return names | {parameter_name(self.config_of(base), name) for name in names}
+        return names | {self.checkpoint_of(base).parameter_name(name) for name in names}
 
     def _sources(self, task: Any) -> dict[ModelReference, WeightInfo]:
         """model -> which of its tensors goes into an output."""

@@ -100,7 +100,7 @@ def wrap_planner() -> None:
             with _one_sentence():
                 check = self.mergekit_act_check = PlanCheck(self.config, self.options)
                 check.refuse_quantised()
-                with record_calls(self) as calls:
+                with record_calls(self, check.located) as calls:
                     plan(self)
                 check.complete(self, calls)
                 resolved = [(weight, check.resolve(weight, task)) for weight, task in self._tensors]
