@@ -17,6 +17,9 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import LocalEntryNotFoundError
 from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
@@ -30,6 +33,7 @@ from mergekit_act.channels import build_skeleton
 __all__ = [
     "Checkpoint",
     "TensorHeader",
+    "local_folder",
     "open_checkpoint",
     "quantisation",
     "read_config",
@@ -102,6 +106,12 @@ class Checkpoint:
         missing = sorted({file for file in index.tensor_paths.values() if not (self.folder / file).is_file()})
         if missing:
             raise FileNotFoundError(f"{self.folder} lacks {', '.join(missing[:10])}, which its index names")
+        single = "model.safetensors" if index.is_safetensors else "pytorch_model.bin"
+        if (self.folder / single).is_file() and single not in index.tensor_paths.values():
+            raise ValueError(
+                f"{self.folder} holds two sets of weights: {single}, which Transformers takes, and those that "
+                f"{single}.index.json names, which mergekit takes. Remove one"
+            )
         # Files of the old pickle format are no archives; only archives can be read tensor by tensor.
         archives = all(zipfile.is_zipfile(self.folder / file) for file in set(index.tensor_paths.values()))
         return LazyTensorLoader(index, lazy_unpickle=archives)
@@ -110,12 +120,18 @@ class Checkpoint:
     def headers(self) -> Mapping[str, TensorHeader]:
         """Name -> header of every stored tensor. No values are read."""
         paths = self.loader.index.tensor_paths
-        return {
-            name: header
-            for file in sorted(set(paths.values()))
-            for name, header in read_headers(self.folder / file).items()
-            if paths.get(name) == file
-        }
+        found: dict[str, TensorHeader] = {}
+        for file in sorted(set(paths.values())):
+            headers = read_headers(self.folder / file)
+            named = {name for name, home in paths.items() if home == file}
+            if named != set(headers):
+                name = sorted(named ^ set(headers))[0]
+                has = "has not" if name in named else "has besides"
+                raise ValueError(
+                    f'{self.folder}: its index does not fit {file}, which {has} "{name}". Fetch or save it again'
+                )
+            found |= headers
+        return found
 
     @cached_property
     def _by_layer(self) -> dict[str | None, list[str]]:
@@ -140,13 +156,12 @@ class Checkpoint:
 
     def describe(self) -> dict[str, str | None]:
         """What a profile records of it: Hub reference and revision, or a local folder's name; and its fingerprint."""
-        model, lora = self.reference.model, self.reference.lora
-        local = os.path.exists(model.path)
-        name = Path(model.path).resolve().name if local else model.path
-        if lora is not None:
-            name += "+" + (Path(lora.path).resolve().name if os.path.exists(lora.path) else lora.path)
-        snapshot = self.folder.name if self.folder.parent.name == "snapshots" else model.revision
-        return {"model": name, "revision": None if local else snapshot, "fingerprint": self.fingerprint}
+        name, revision = _named(self.reference.model.path)
+        if self.reference.lora is not None:
+            name += "+" + _named(self.reference.lora.path)[0]
+        if not os.path.exists(self.reference.model.path):
+            revision = _named(str(self.folder))[1] or self.reference.model.revision
+        return {"model": name, "revision": revision, "fingerprint": self.fingerprint}
 
     def parameter_name(self, stored: str) -> str:
         """The Transformers parameter name of a stored tensor, where a model's files keep older names.
@@ -280,16 +295,38 @@ def open_checkpoint(
         raise ValueError(f"{reference} has a LoRA; say --lora-merge-cache FOLDER, where the merged model is kept")
     config = read_config(reference, trust_remote_code=trust_remote_code)
     method = _declared_quantisation(config)
-    if method is not None and not Path(parsed.model.path).is_dir():
+    if method is not None and not (Path(parsed.model.path).is_dir() or HF_HUB_OFFLINE):
         raise ValueError(_quantised(reference, f"{method}, by its config"))
     merged = parsed.merged(cache_dir=lora_merge_cache, trust_remote_code=trust_remote_code)
-    checkpoint = Checkpoint(parsed, Path(merged.local_path()), config)
+    checkpoint = Checkpoint(parsed, local_folder(merged), config)
     found = quantisation(checkpoint)
     if found is not None:
         raise ValueError(_quantised(reference, found))
     if method is not None:
         del config.quantization_config
     return checkpoint
+
+
+def local_folder(reference: ModelReference, cache_dir: str | None = None) -> Path:
+    """Where the files of a reference without LoRA are on this machine, fetched if need be.
+
+    mergekit asks the Hub which files there are, also with ``HF_HUB_OFFLINE=1``.
+
+    Raises:
+        FileNotFoundError: the Hub is switched off and its cache does not have the model.
+    """
+    if os.path.exists(reference.model.path) or not HF_HUB_OFFLINE:
+        return Path(reference.local_path(cache_dir=cache_dir))
+    try:
+        return Path(
+            snapshot_download(
+                reference.model.path, revision=reference.model.revision, cache_dir=cache_dir, local_files_only=True
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{reference} is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it, or give a local folder"
+        ) from error
 
 
 def quantisation(checkpoint: Checkpoint) -> str | None:
@@ -305,6 +342,17 @@ def quantisation(checkpoint: Checkpoint) -> str | None:
             method = _declared_quantisation(checkpoint.config)
             return f'{method or "no method named"}: "{name}" is {header.dtype}'
     return None
+
+
+def _named(path: str) -> tuple[str, str | None]:
+    """A model's name for people, and its revision if the path tells: folders of the Hub's cache do."""
+    if not os.path.exists(path):
+        return path, None
+    folder = Path(path).resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/"), folder.name
+    return folder.name, None
 
 
 def _declared_quantisation(config: Any) -> str | None:

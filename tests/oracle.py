@@ -108,6 +108,8 @@ def plain_experts(
 
 
 def _at(output: torch.Tensor, length: int, positions: list[int]) -> torch.Tensor:
+    if length not in output.shape[:-1]:  # batch, positions and heads are one dimension
+        output = output.reshape(length, -1, output.shape[-1])
     axis = list(output.shape[:-1]).index(length)
     rows = output.double().index_select(axis, torch.tensor(positions))
     return rows.reshape(-1, output.shape[-1])

@@ -13,7 +13,7 @@ from hub import COMMIT, serve_hub
 from test_merging import act_config, assert_merged, random_mask, state_of
 
 from mergekit_act.artifacts import Mask, load_profile
-from mergekit_act.selection import unite
+from mergekit_act.selection import select_channels, unite
 
 
 def run_there(tmp_path, *command, **more):
@@ -47,6 +47,26 @@ def test_a_pair_is_profiled_from_hub_ids_with_a_revision(sums_file, tmp_path):
     assert (profile.target["model"], profile.target["revision"]) == ("someone/target", COMMIT)
     assert (profile.ability_model["model"], profile.ability_model["revision"]) == ("someone/ability", COMMIT)
     assert any("/someone/target/" in path and "v1" in path for path in asked), asked
+
+    # Switched off, the Hub's cache is enough for a profile and for plain mergekit-yaml.
+    done, asked = run_there(
+        tmp_path,
+        *(sys.executable, "-m", "mergekit_act", "profile", "a.yml", "again", "--quiet", "--dtype", "float32"),
+        HF_HUB_OFFLINE="1",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "again/sums.safetensors").read_bytes() == (tmp_path / "out/sums.safetensors").read_bytes()
+    parameters = {"weight": 0.5, "mask": "again/sums.safetensors", "mask_density": 0.3}
+    config = act_config(tmp_path, ("someone/ability", parameters)) | {"base_model": "someone/target@v1"}
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    script = str(Path(sys.executable).parent / "mergekit-yaml")
+    done, asked = run_there(tmp_path, script, "c.yml", "merged", "--quiet", HF_HUB_OFFLINE="1")
+    assert (done.returncode, asked) == (0, []), done.stderr[-2000:]
+    assert (tmp_path / "merged/tokenizer.json").is_file()
+    chosen = select_channels(profile, 0.3)
+    folders = [tmp_path / "hub/someone" / name for name in ("target", "ability")]
+    states = [state_of(tmp_path / "merged"), *map(state_of, folders)]
+    assert_merged(states[0], states[1], [(states[2], 0.5, Mask(chosen, profile.layout))], tied=False)
 
 
 def test_masks_come_from_the_hub_and_then_from_its_cache(pair_of, tmp_path):

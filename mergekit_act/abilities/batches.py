@@ -78,11 +78,12 @@ class MicroBatch:
 
         Args:
             output: the channels are its last dimension.
-            token_axis: which dimension of it are token positions; None if batch and positions are one, its first.
+            token_axis: which dimension of it are token positions; None if its first one is the batch, positions and
+                possibly heads.
         """
         batch, length = self.input_ids.shape
         if token_axis is None:
-            by_sample = output.reshape(batch, length, *output.shape[1:])
+            by_sample = output.reshape(batch, length, -1, *output.shape[1:])
         elif token_axis == 0:
             by_sample = output.unsqueeze(0)
         else:

@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 from mergekit.common import ModelReference
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mergekit_act.checkpoints import Checkpoint, read_config, read_headers
 from mergekit_act.merging import find_mask_files, load_mask_files
@@ -23,6 +24,7 @@ __all__ = [
     "layer_problems",
     "model_problems",
     "path_remarks",
+    "plain",
     "setting_problems",
     "value_problems",
 ]
@@ -42,6 +44,19 @@ class MergeConfigError(click.ClickException, ValueError):
         else:
             more = [f"… and {len(shown) - 10} more"] if len(shown) > 10 else []
             super().__init__("\n  - ".join([f"{len(shown)} problems:", *shown[:10], *more]))
+
+
+def plain(config: Any) -> Any:
+    """A config as plain data; mergekit's own way fails for models whose path has a space."""
+    if isinstance(config, ModelReference):
+        return str(config)
+    if isinstance(config, BaseModel):
+        return {name: plain(getattr(config, name)) for name in type(config).model_fields}
+    if isinstance(config, Mapping):
+        return {key: plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [plain(value) for value in config]
+    return config
 
 
 def config_problems(config: Any, spec: Any) -> list[str]:
@@ -94,11 +109,18 @@ def model_problems(models: Iterable[ModelReference], options: Any) -> list[str]:
     architectures = {}
     for model in sorted(models, key=str):
         try:
-            names = read_config(str(model), trust_remote_code=options.trust_remote_code).architectures
+            config = read_config(str(model), trust_remote_code=options.trust_remote_code)
         except (OSError, ValueError) as error:
             problems.append(" ".join(str(error).split()))
         else:
-            architectures[model] = " ".join(names or ())
+            if config.architectures:
+                architectures[model] = " ".join(config.architectures)
+            else:
+                likely = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "its class")
+                problems.append(
+                    f'config.json of {model} has no "architectures", by which mergekit knows models; add '
+                    f'"architectures": ["{likely}"]'
+                )
             problems += _broken_files(model) + _unusable_lora(model, options)
     if len(set(architectures.values())) > 1 and not options.allow_crimes:
         shown = ", ".join(f"{model} is {name}" for model, name in architectures.items())

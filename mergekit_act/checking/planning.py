@@ -8,7 +8,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge import MergePlanner, _model_out_config, get_architecture_info
 from mergekit.merge_methods.registry import get
 
-from mergekit_act.checking.configs import MergeConfigError, config_problems, model_problems
+from mergekit_act.checking.configs import MergeConfigError, config_problems, model_problems, plain
 from mergekit_act.checking.plans import PlanCheck
 
 __all__ = ["check_before_planning", "plan_merge"]
@@ -20,7 +20,7 @@ def check_before_planning(config: Any, options: Any) -> None:
     Raises:
         MergeConfigError: the merge would fail; all problems in one message.
     """
-    problems = config_problems(config.model_dump(mode="json"), get(config.merge_method).spec)
+    problems = config_problems(plain(config), get(config.merge_method).spec)
     problems += model_problems(config.referenced_models(), options)
     if problems:
         raise MergeConfigError(problems)

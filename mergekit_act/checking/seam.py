@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from mergekit.merge_methods.registry import get
 from pydantic import ValidationError
 
@@ -27,10 +29,12 @@ from mergekit_act.checking.configs import (
     layer_problems,
     model_problems,
     path_remarks,
+    plain,
 )
 from mergekit_act.checking.flat import FlatPlanCheck
 from mergekit_act.checking.outputs import drop_quantisation, follow_layers, name_dtype
 from mergekit_act.checking.plans import PlanCheck
+from mergekit_act.checkpoints import local_folder
 from mergekit_act.merging import is_ours, refuse_to_run
 
 __all__ = ["wrap_flat_planner", "wrap_merge", "wrap_multimerge", "wrap_planner"]
@@ -48,7 +52,7 @@ def wrap_merge() -> None:
         def checked_architecture(config: Any, options: Any) -> Any:
             if is_ours(config.merge_method):
                 spec = get(config.merge_method).spec
-                problems = config_problems(config.model_dump(mode="json"), spec)
+                problems = config_problems(plain(config), spec)
                 problems += model_problems(config.referenced_models(), options)
                 problems = problems or layer_problems(config, options)
                 if problems:
@@ -60,6 +64,19 @@ def wrap_merge() -> None:
         return checked_architecture
 
     _wrap("mergekit.merge", None, "get_architecture_info", wrap)
+    _wrap("mergekit.common", "ModelReference", "local_path", _from_the_cache)
+
+
+def _from_the_cache(local_path: Callable[..., str]) -> Callable[..., str]:
+    """mergekit asks the Hub which files a model has even where it is switched off; the cache answers then."""
+
+    @functools.wraps(local_path)
+    def cached_path(self: Any, cache_dir: str | None = None, ignore_lora: bool = False) -> str:
+        if not HF_HUB_OFFLINE or os.path.exists(self.model.path):
+            return local_path(self, cache_dir, ignore_lora)
+        return str(local_folder(self, cache_dir))
+
+    return cached_path
 
 
 def wrap_multimerge() -> None:
@@ -76,7 +93,7 @@ def wrap_multimerge() -> None:
             for name, config in given["merge_configs"].items():
                 if is_ours(config.merge_method):
                     there = [m for m in config.referenced_models() if str(Path(m.model.path)) not in made]
-                    found = config_problems(config.model_dump(mode="json"), get(config.merge_method).spec)
+                    found = config_problems(plain(config), get(config.merge_method).spec)
                     found += model_problems(there, given["merge_options"])
                     problems += [f"{name or 'the unnamed merge'}: {problem}" for problem in found]
             if problems:
@@ -123,7 +140,7 @@ def wrap_flat_planner() -> None:
         def checked_plan(config: Any, *args: Any, **kwargs: Any) -> Any:
             if not is_ours(config.merge_method):
                 return plan(config, *args, **kwargs)
-            written = config.model_dump(mode="json")
+            written = plain(config)
             problems = config_problems(written, get(config.merge_method).spec) + file_problems(config)
             if problems:
                 raise MergeConfigError(problems)

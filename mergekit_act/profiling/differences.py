@@ -168,8 +168,10 @@ class Engine:
             target.normalise(ids, embedded.hidden, observer)
 
         def run_layer(ids: Tensor, observer: Observer) -> None:
+            # The same for the tokens of a shorter batch.
+            samples, length = ids.shape
             generator = torch.Generator().manual_seed(0)
-            hidden = torch.randn(*ids.shape, *self._shape, generator=generator)
+            hidden = torch.randn(length, samples, *self._shape, generator=generator).transpose(0, 1)
             hidden = hidden.to(device=self._device, dtype=self._weights.models[0].dtype)
             target.layer(layer or 0, ids, Carried(hidden, self._probed.get(ids.shape, [])), observer)
 

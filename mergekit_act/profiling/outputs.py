@@ -30,7 +30,8 @@ class OutputForms:
         device: where the model runs.
 
     Attributes:
-        token_axes: module -> which dimension of its output are token positions; None if batch and positions are one.
+        token_axes: module -> which dimension of its output are token positions; None if its first one is the batch,
+            positions and possibly heads.
         changed_later: modules whose output the model changes in place after they have put it out.
     """
 
@@ -50,8 +51,10 @@ class OutputForms:
             ValueError: a module put nothing out, or its positions can't be told from its other dimensions.
         """
         unclear: dict[str, tuple[int, ...]] = {}
+        shorter: dict[str, tuple[Any, int]] = {}
         for length in _LENGTHS:
-            ids = torch.arange(_BATCH * length, device=self._device).reshape(_BATCH, length) % self._vocabulary
+            longest = torch.arange(_BATCH * _LENGTHS[-1], device=self._device).reshape(_BATCH, -1)
+            ids = longest[:, :length] % self._vocabulary
             outputs: dict[str, tuple[Any, int]] = {}
 
             def note(module: str, output: Any, into: dict[str, tuple[Any, int]] = outputs) -> None:
@@ -60,12 +63,21 @@ class OutputForms:
             run(ids, note)
             self._check_seen(modules, outputs)
             axes, unclear = self._axes(outputs, length)
+            for module in [
+                m for m in unclear if m in shorter and _heads_come_last(shorter[m][0], outputs[m][0], length)
+            ]:
+                axes[module] = None
+                del unclear[module]
+            shorter = outputs
             if not unclear:
                 self.token_axes |= axes
                 self.changed_later |= {m for m in axes if outputs[m][0]._version != outputs[m][1]}
                 return
         named = ", ".join(f'"{module}" {list(shape)}' for module, shape in list(unclear.items())[:10])
-        raise ValueError(f"{self._name}: the token positions in these outputs cannot be told: {named}")
+        raise ValueError(
+            f"{self._name}: the token positions in these outputs cannot be told: {named}. Leave them out with "
+            + " ".join(f"--exclude '{kind}'" for kind in dict.fromkeys(map(kind_pattern, unclear)))
+        )
 
     def _check_seen(self, modules: Sequence[str], outputs: dict[str, Any]) -> None:
         kinds = {kind_pattern(module) for module in modules if module not in outputs}
@@ -108,6 +120,21 @@ class OutputForms:
         rows = batch.answer_rows(output, self.token_axes[module])
         # Elsewhere the rows are a copy, and the whole output need not wait.
         return KeptOutput(rows, output, output._version) if output.device.type == "cpu" else KeptOutput(rows)
+
+
+def _heads_come_last(shorter: Any, output: Any, length: int) -> bool:
+    """Whether an output is ``[batch × tokens × heads, channels]``, in this order.
+
+    Seen from the output for the same inputs without the last tokens, which do not change what comes before them.
+    """
+    if isinstance(output, ExpertOutput) or output.ndim != 2 or output.shape[0] % (_BATCH * length):
+        return False
+    by_token = output.reshape(_BATCH, length, -1)
+    if shorter.numel() % (_BATCH * by_token.shape[2]):
+        return False
+    before = shorter.reshape(_BATCH, -1, by_token.shape[2]).float()
+    same = by_token[:, : before.shape[1]].float()
+    return before.shape[1] < length and bool((same - before).abs().mean() < 0.05 * before.abs().mean())
 
 
 @dataclass(frozen=True)

@@ -105,8 +105,11 @@ def open_pair(
 
 
 def _position_tables(model: Any) -> list[int]:
-    """Lengths of the learned position embeddings (GPT-2's, OPT's); token ids are not positions."""
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    """Lengths of the text model's learned position embeddings (GPT-2's, OPT's); token ids are not positions."""
+    tokens = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is tokens)
+    text = model.get_submodule(name.rpartition(".")[0])  # beside a vision tower
+    tables = [m for m in text.modules() if isinstance(m, nn.Embedding) and m is not tokens]
     return [table.num_embeddings - int(getattr(table, "offset", 0)) for table in tables]
 
 
