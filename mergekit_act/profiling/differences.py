@@ -171,7 +171,7 @@ class Engine:
             # The same for the tokens of a shorter batch.
             samples, length = ids.shape
             generator = torch.Generator().manual_seed(0)
-            hidden = torch.randn(length, samples, *self._shape, generator=generator).transpose(0, 1)
+            hidden = torch.randn(length, samples, *self._shape, generator=generator).transpose(0, 1).contiguous()
             hidden = hidden.to(device=self._device, dtype=self._weights.models[0].dtype)
             target.layer(layer or 0, ids, Carried(hidden, self._probed.get(ids.shape, [])), observer)
 
