@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_act.abilities.conversations import REASONING_KEYS, Turn
+from mergekit_act.abilities.templates import ChatTemplate
 
 __all__ = ["EMPTY_THINKING", "Answered", "count_remarks", "find_omissions", "tell_omissions"]
 
@@ -40,7 +41,7 @@ _TURNS = {
 _THINKING = re.compile(r"\s*(<(think|thinking|reasoning)>|\[THINK\])?\s*(</(think|thinking|reasoning)>|\[/THINK\])")
 _REASONING = re.compile(r"(<think>)?(.*?)</think>(.*)", re.DOTALL)
 
-Render = Callable[[Sequence[Turn], Sequence[Any] | None], str]
+Render = Callable[[Sequence[Turn], Sequence[Any] | None], str | None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def find_omissions(answered: Answered, render: Render) -> frozenset[str]:
 
     Args:
         answered: the conversation and its text.
-        render: gives the text of turns and tools, without a generation prompt.
+        render: gives the text of turns and tools, without a generation prompt; None if it can't.
     """
     found = set(_left_out_of_answer(answered, render)) | set(_left_out_of_prompt(answered, render))
     last = answered.turns[-1]
@@ -81,20 +82,20 @@ def count_remarks(remarks: Sequence[frozenset[str]]) -> dict[str, int]:
     return {name: sum(name in some for some in remarks) for name in names}
 
 
-def tell_omissions(name: str, remarks: Sequence[frozenset[str]], template: str) -> None:
+def tell_omissions(name: str, remarks: Sequence[frozenset[str]], template: ChatTemplate | None) -> None:
     """Warn of each kind with the number of samples that it hits.
 
     Args:
         name: the ability's.
         remarks: of each sample.
-        template: its text, or a word for it that names no variable.
+        template: the chat template; None for ``template: plain``.
     """
     for kind, count in count_remarks(remarks).items():
         first = next(place for place, some in enumerate(remarks) if kind in some)
         if kind == EMPTY_THINKING:
             remedy = (
                 '"template_kwargs: {enable_thinking: false}" puts it into the prompts'
-                if "enable_thinking" in template
+                if template is not None and template.mentions("enable_thinking")
                 else "a template without it can be given (chat_template: FILE)"
             )
             LOG.warning(
@@ -103,10 +104,13 @@ def tell_omissions(name: str, remarks: Sequence[frozenset[str]], template: str) 
                 name, count, len(remarks), first, remedy,
             )  # fmt: skip
             continue
+        remedy = '"template: plain" writes contents only'
+        if template is not None:
+            remedy = "a template that writes them can be given (chat_template: FILE)"
         LOG.warning(
             'ability "%s": the template leaves out the %s in the %s of %d of %d samples (the first is sample %d), '
-            "so the models do not see them; a template that writes them can be given (chat_template: FILE)",
-            name, kind, _PARTS[kind], count, len(remarks), first,
+            "so the models do not see them; %s",
+            name, kind, _PARTS[kind], count, len(remarks), first, remedy,
         )  # fmt: skip
 
 
@@ -117,7 +121,7 @@ def _left_out_of_answer(answered: Answered, render: Render) -> Iterator[str]:
     if missing:
         # What the generation prompt says already, such as <think>, is not in the answer.
         before = render(answered.turns[:-1], answered.tools) if len(answered.turns) > 1 else ""
-        if answered.prompt.startswith(before):
+        if before is not None and answered.prompt.startswith(before):
             written = _squash(answered.prompt[len(before) :] + answered.answer)
         missing = [kind for kind, text in _parts(last) if not _is_written(text, written)]
     yield from missing
@@ -147,8 +151,10 @@ def _left_out_of_prompt(answered: Answered, render: Render) -> Iterator[str]:
         says = [text for part, text in _parts(turn) if part != "reasoning"]
         if turn["role"] in _TURNS and not all(_is_written(text, written) for text in says):
             yield _TURNS[turn["role"]]
-    if answered.tools and before and render(before, answered.tools) == render(before, None):
-        yield "tools"
+    if answered.tools and before:
+        without = render(before, None)
+        if without is not None and without == render(before, answered.tools):
+            yield "tools"
 
 
 def _texts(value: Any) -> Iterator[str]:

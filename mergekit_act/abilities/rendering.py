@@ -83,8 +83,11 @@ class ChatRenderer:
             raise ValueError(self._not_a_prefix(place, text, prompt))
         end_of_turn = self._end_of_turn(place, turns, conversation.tools, text, len(prompt))
 
-        def render(before: Sequence[Turn], tools: Tools) -> str:
-            return self._template.render(place, before, tools)
+        def render(before: Sequence[Turn], tools: Tools) -> str | None:
+            try:
+                return self._template.render(place, before, tools)
+            except ValueError:
+                return None
 
         answered = Answered(turns, conversation.tools, prompt, text[len(prompt) : end_of_turn])
         return Rendering(text, len(prompt), end_of_turn, find_omissions(answered, render))
@@ -204,12 +207,12 @@ class ChatRenderer:
     def _not_a_prefix(self, place: int, text: str, prompt: str) -> str:
         at = _shared(text, prompt)
         shown = json.dumps("…" + prompt[max(0, at - 20) : at + 20], ensure_ascii=False)
-        switch = ', set "template_kwargs: {enable_thinking: …}" otherwise'
+        thinking = self._template.mentions("enable_thinking")
+        switch = ', set "template_kwargs: {enable_thinking: …}" otherwise' if thinking else ""
         return (
             f'ability "{self._template.name}": sample {place}\'s prompt is not a prefix of the full conversation: they '
-            f"part at {shown}; the answer can't be located. Mend the template "
-            f"(chat_template: FILE){switch if 'enable_thinking' in self._template.source() else ''}, or give input_ids "
-            "and labels"
+            f"part at {shown}; the answer can't be located. Mend the template (chat_template: FILE){switch}, or give "
+            "input_ids and labels"
         )
 
 

@@ -134,17 +134,18 @@ def _make_samples(
 ) -> _Made:
     tokenizer, made = tokenizers.target, _Made()
     renderer: ChatRenderer | PlainRenderer
+    template = None
     if file.template == "chat":
         text = None if file.chat_template is None else read_template(file.chat_template)
+        made.template_sha256 = None if text is None else hashlib.sha256(text.encode()).hexdigest()
         template = ChatTemplate(name, tokenizer, text=text, options=file.template_kwargs)
         renderer = ChatRenderer(template, tokenizer, file.system)
-        made.template_sha256 = None if text is None else hashlib.sha256(text.encode()).hexdigest()
     else:
         renderer = PlainRenderer(name, tokenizer, file.system)
     renderings = [renderer.render(place, conversation) for place, conversation in enumerate(conversations)]
     made.remarks = [rendering.remarks for rendering in renderings]
-    tell_omissions(name, made.remarks, template.source() if file.template == "chat" else "")
-    if isinstance(renderer, ChatRenderer) and renderer.writes_date(conversations):
+    tell_omissions(name, made.remarks, template)
+    if template is not None and isinstance(renderer, ChatRenderer) and renderer.writes_date(conversations):
         made.date = template.date
         tokenizers.tell(
             f"the chat template writes the date: it is {made.date} in all samples, so that work goes on another day "

@@ -52,9 +52,9 @@ class ChatTemplate:
         self.date = str(self._options.pop("strftime_now", FIXED_DATE))
         self._tools = self._options.pop("tools", None)
 
-    def source(self, tools: Sequence[Any] | None = None) -> str:
-        """The template's text; some tokenizers have another one for conversations with tools."""
-        return self._text or str(self._tokenizer.get_chat_template(tools=tools or self._tools))
+    def mentions(self, word: str) -> bool:
+        """Whether a word is in the template; some tokenizers have several."""
+        return word in (self._text or str(self._tokenizer.chat_template))
 
     def render(self, place: int, turns: Sequence[Turn], tools: Sequence[Any] | None, *, prompt: bool = False) -> str:
         """The text of turns; with ``prompt`` and what comes before an answer.
@@ -66,7 +66,7 @@ class ChatTemplate:
 
     def writes_date(self, place: int, turns: Sequence[Turn], tools: Sequence[Any] | None) -> bool:
         """Whether the text would be another one on another day."""
-        if "strftime_now" not in self.source(tools):
+        if not self.mentions("strftime_now"):
             return False
         texts = {self._render(place, turns, tools, date, prompt=False) for date in ("2001-02-03", "2014-10-25")}
         return len(texts) > 1
@@ -75,9 +75,9 @@ class ChatTemplate:
         self, place: int, turns: Sequence[Turn], tools: Sequence[Any] | None, date: str, *, prompt: bool
     ) -> str:
         try:
-            source = self.source(tools)
+            source = self._text or str(self._tokenizer.get_chat_template(tools=tools or self._tools))
             if "strftime_now" in source:
-                source = _fixed_clock(date) + source
+                source = _fixed_clock(date, source) + source
             with _limited_time():
                 return str(
                     self._tokenizer.apply_chat_template(
@@ -153,13 +153,17 @@ def _as_text(arguments: Any) -> Any:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def _fixed_clock(date: str) -> str:
-    """A macro that stands in for the function ``strftime_now`` of Transformers, whose date can't be given."""
+def _fixed_clock(date: str, source: str) -> str:
+    """A macro that stands in for the function ``strftime_now`` of Transformers, whose date can't be given.
+
+    It replaces the directives that the template's text has.
+    """
     day = datetime.datetime.fromisoformat(date)
     values = {f"%{letter}": day.strftime(f"%{letter}") for letter in _DIRECTIVES}
     for letter in "dHIjmMSwy":  # without padding
         values |= {f"%{flag}{letter}": values[f"%{letter}"].lstrip("0") or "0" for flag in "-#"}
-    replaced = "".join(f" | replace({json.dumps(key)}, {json.dumps(value)})" for key, value in values.items())
+    used = {key: value for key, value in values.items() if key in source}
+    replaced = "".join(f" | replace({json.dumps(key)}, {json.dumps(value)})" for key, value in used.items())
     return "{%- macro strftime_now(format) -%}{{ format" + replaced + ' | replace("%%", "%") }}{%- endmacro %}\n'
 
 
