@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from mergekit.common import ModelReference
-from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from mergekit_act.abilities.rendering import Rendering, render_chat, render_plain
-from mergekit_act.abilities.rows import fill_template, load_rows, select_rows
-from mergekit_act.abilities.schema import AbilitiesFile, Ability
+from mergekit_act.abilities.conversations import Conversation, read_conversations
+from mergekit_act.abilities.omissions import count_remarks, tell_omissions
+from mergekit_act.abilities.rendering import ChatRenderer, PlainRenderer, Rendering
+from mergekit_act.abilities.rows import load_rows, select_rows
+from mergekit_act.abilities.schema import AbilitiesFile
+from mergekit_act.abilities.templates import ChatTemplate, read_template
+from mergekit_act.abilities.tokenising import Tokenizers, tokenise
 
 __all__ = ["AbilitySamples", "Sample", "Tokenizers", "collect_samples"]
 
@@ -59,33 +58,6 @@ class AbilitySamples:
         return sum(int(sample.is_answer.sum()) for sample in self.samples)
 
 
-@dataclass(frozen=True)
-class Tokenizers:
-    """The tokenizers of a pair, loaded when the first text has to be tokenised.
-
-    Attributes:
-        target_reference: model reference of the target.
-        ability_reference: model reference of the ability model.
-        trust_remote_code: allow the models' own code from the Hub.
-    """
-
-    target_reference: str
-    ability_reference: str
-    trust_remote_code: bool = False
-
-    @cached_property
-    def target(self) -> Any:
-        """The target's tokenizer."""
-        return _load_tokenizer(self.target_reference, self.trust_remote_code)
-
-    @cached_property
-    def ability_model(self) -> Any | None:
-        """The ability model's tokenizer, or None if it is the same and can't give other token ids."""
-        theirs = _load_tokenizer(self.ability_reference, self.trust_remote_code)
-        same = theirs.backend_tokenizer.to_str() == self.target.backend_tokenizer.to_str()
-        return None if same and theirs.eos_token_id == self.target.eos_token_id else theirs
-
-
 def collect_samples(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> AbilitySamples:
     """Load, render and tokenise the samples of one ability.
 
@@ -104,17 +76,20 @@ def collect_samples(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> A
     chosen, short = select_rows(name, ability, rows, offset=ability.offset, samples=ability.samples)
     if short:
         LOG.warning('ability "%s": %d of %d samples are there', name, len(chosen), ability.samples)
+    made = _Made()
     if ability.prompt is None and {"input_ids", "labels"} <= set(chosen.column_names):
-        samples = [_ready_sample(name, place, row) for place, row in enumerate(chosen)]
+        made.samples = [_ready_sample(name, place, row) for place, row in enumerate(chosen)]
+        made.kept_starts = [0] * len(made.samples)
     else:
-        samples = _tokenise(file, name, _conversations(name, ability, chosen), tokenizers)
-    kept, cut, dropped = _fit(samples, file.max_length)
+        made = _make_samples(file, name, read_conversations(name, ability, chosen), tokenizers)
+    kept, cut, dropped, crowded = _fit(made, file.max_length)
     if cut:
         LOG.warning('ability "%s": %d prompts were cut from the left to %d tokens', name, cut, file.max_length)
+    what = "answers, with what stays before them (beginning of sequence, system turn)," if crowded else "answers"
     if dropped:
-        LOG.warning('ability "%s": %d samples dropped, their answers exceed %d tokens', name, dropped, file.max_length)
+        LOG.warning('ability "%s": %d samples dropped, their %s exceed %d tokens', name, dropped, what, file.max_length)
     if not kept:
-        raise ValueError(f'ability "{name}" has no samples: all {dropped} answers exceed max_length {file.max_length}')
+        raise ValueError(f'ability "{name}" has no samples: all {dropped} {what} exceed max_length {file.max_length}')
     empty = sum(not bool(sample.is_answer.any()) for sample in kept)
     if empty:
         raise ValueError(f'ability "{name}": {empty} of {len(kept)} samples have no answer tokens')
@@ -122,8 +97,12 @@ def collect_samples(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> A
         "on_hub": not Path(ability.dataset).exists(),
         "max_length": file.max_length,
         "template": file.template,
+        "chat_template": file.chat_template,
+        "chat_template_sha256": made.template_sha256,
         "system": file.system,
         "template_kwargs": file.template_kwargs,
+        "date": made.date,
+        "remarks": count_remarks(made.remarks),
         "prompts_cut": cut,
         "samples_dropped": dropped,
         "fingerprint": _fingerprint(kept),
@@ -131,116 +110,78 @@ def collect_samples(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> A
     return AbilitySamples(name, tuple(kept), settings)
 
 
-def _load_tokenizer(reference: str, trust_remote_code: bool) -> Any:
-    model = ModelReference.parse(reference).model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # transformers raises errors of many kinds for missing or foreign files
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{reference} has no tokenizer that Transformers can load: {reason}") from error
-    if not tokenizer.is_fast:
-        raise ValueError(f"{reference} has a slow tokenizer; expected a fast one (tokenizer.json), it knows offsets")
-    return tokenizer
+@dataclass
+class _Made:
+    """Samples before they are cut to length.
+
+    Attributes:
+        samples: of all rows.
+        kept_starts: how many tokens of each stay at its beginning when its prompt is cut.
+        remarks: what the template leaves out or adds, of each.
+        template_sha256: of the text of ``chat_template``; None without one.
+        date: which the template writes; None if it writes none.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    kept_starts: list[int] = field(default_factory=list)
+    remarks: list[frozenset[str]] = field(default_factory=list)
+    template_sha256: str | None = None
+    date: str | None = None
 
 
-def _conversations(name: str, ability: Ability, rows: datasets.Dataset) -> list[list[dict[str, str]]]:
-    """Each row as a conversation that ends with the assistant's turn that is the answer."""
-    if ability.prompt is not None and ability.answer is not None:
-        prompts = fill_template(name, ability, rows, ability.prompt)
-        answers = fill_template(name, ability, rows, ability.answer)
-        return [
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-    if "messages" not in rows.column_names:
-        raise ValueError(
-            f'ability "{name}": {ability.dataset} has neither a "messages" column nor "input_ids" and "labels"; give '
-            f"prompt and answer. Its columns are {', '.join(rows.column_names)}"
-        )
-    return [_answered_part(name, place, messages) for place, messages in enumerate(rows["messages"][:])]
-
-
-def _answered_part(name: str, place: int, messages: Any) -> list[dict[str, str]]:
-    """The turns up to the last one of the assistant, which is the answer."""
-    where = f'ability "{name}": sample {place}'
-    turns = messages if isinstance(messages, list) else []
-    if not turns or not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
-        raise ValueError(f'{where} has no list of turns with "role" and "content" in "messages"')
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
-    if last is None:
-        raise ValueError(f'{where} has no assistant turn in "messages"')
-    turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns[: last + 1]]
-    if not all(isinstance(turn.get("content"), str) for turn in turns):
-        raise ValueError(f'{where} has a turn in "messages" whose content is not a text')
-    return turns
-
-
-def _tokenise(
-    file: AbilitiesFile, name: str, conversations: Sequence[list[dict[str, str]]], tokenizers: Tokenizers
-) -> list[Sample]:
-    tokenizer = tokenizers.target
-    renderings: list[Rendering]
+def _make_samples(
+    file: AbilitiesFile, name: str, conversations: Sequence[Conversation], tokenizers: Tokenizers
+) -> _Made:
+    tokenizer, made = tokenizers.target, _Made()
+    renderer: ChatRenderer | PlainRenderer
+    template = None
     if file.template == "chat":
-        renderings = render_chat(name, conversations, tokenizer, system=file.system, options=file.template_kwargs)
+        text = None if file.chat_template is None else read_template(file.chat_template)
+        made.template_sha256 = None if text is None else hashlib.sha256(text.encode()).hexdigest()
+        template = ChatTemplate(name, tokenizer, text=text, options=file.template_kwargs)
+        renderer = ChatRenderer(template, tokenizer, file.system)
     else:
-        renderings = render_plain(name, conversations, tokenizer, system=file.system)
-    special = file.template == "plain"
-    texts = [rendering.text for rendering in renderings]
-    encoded = tokenizer(texts, add_special_tokens=special)["input_ids"]
-    offsets_of = _offsets(tokenizer, texts, special)
-    if tokenizers.ability_model is not None:
-        _compare_ids(name, tokenizer, encoded, tokenizers.ability_model, texts, special)
-    samples: list[Sample] = []
-    for rendering, ids, offsets in zip(renderings, encoded, offsets_of, strict=True):
-        if special and ids and ids[-1] == tokenizer.eos_token_id:
-            ids, offsets = ids[:-1], offsets[:-1]  # a tokenizer that ends sequences itself
-        answer = [start >= rendering.answer_start for start, _ in offsets]
-        # A tokenizer that does not know a character may leave it out without a word.
-        written = rendering.text[rendering.answer_start : rendering.end_of_turn].strip()
-        if written and not any(rendering.answer_start < end <= rendering.end_of_turn for _, end in offsets):
-            raise ValueError(f'ability "{name}": the tokenizer makes no tokens of the answer of sample {len(samples)}')
-        if special:
-            ids, answer = [*ids, tokenizer.eos_token_id], [*answer, True]
-        else:
-            end = next(place for place, (_, end) in enumerate(offsets) if end > rendering.end_of_turn)
-            ids, answer = ids[: end + 1], answer[: end + 1]
-        samples.append(Sample(torch.tensor(ids, dtype=torch.int64), torch.tensor(answer, dtype=torch.bool)))
-    return samples
-
-
-def _offsets(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[tuple[int, int]]]:
-    """Each token's (start, end) characters, with the white space in front of it, which some tokenizers leave out."""
-    settings = tokenizer.backend_tokenizer.to_str()
-    if '"trim_offsets":true' not in settings:
-        offsets: list[list[tuple[int, int]]] = tokenizer(
-            list(texts), add_special_tokens=special, return_offsets_mapping=True
-        )["offset_mapping"]
-        return offsets
-    whole = Tokenizer.from_str(settings.replace('"trim_offsets":true', '"trim_offsets":false'))
-    whole.no_padding()
-    whole.no_truncation()
-    return [encoding.offsets for encoding in whole.encode_batch(list(texts), add_special_tokens=special)]
-
-
-def _compare_ids(name: str, ours: Any, ids: Any, theirs: Any, texts: Sequence[str], special: bool) -> None:
-    if special and ours.eos_token_id != theirs.eos_token_id:
-        raise ValueError(
-            f'ability "{name}": the tokenizers disagree on the end of sequence: {ours.eos_token_id} for the target, '
-            f"{theirs.eos_token_id} for the ability model; both models must get the same token ids"
+        renderer = PlainRenderer(name, tokenizer, file.system)
+    renderings = [renderer.render(place, conversation) for place, conversation in enumerate(conversations)]
+    made.remarks = [rendering.remarks for rendering in renderings]
+    tell_omissions(name, made.remarks, template)
+    if template is not None and isinstance(renderer, ChatRenderer) and renderer.writes_date(conversations):
+        made.date = template.date
+        tokenizers.tell(
+            f"the chat template writes the date: it is {made.date} in all samples, so that work goes on another day "
+            f'("template_kwargs: {{strftime_now: {made.date}}}" sets it)'
         )
-    for place, (mine, other) in enumerate(
-        zip(ids, theirs(list(texts), add_special_tokens=special)["input_ids"], strict=True)
-    ):
-        if mine != other:
-            shorter = min(len(mine), len(other))
-            at = next((i for i in range(shorter) if mine[i] != other[i]), shorter)
-            raise ValueError(
-                f'ability "{name}": the tokenizers disagree on sample {place}, token {at}: '
-                f"{mine[at : at + 1]} for the target, {other[at : at + 1]} for the ability model; both models must get "
-                "the same token ids"
-            )
+    texts = [rendering.text for rendering in renderings]
+    tokens = tokenise(name, tokenizers, texts, special=file.template == "plain")
+    for place, (rendering, (ids, offsets)) in enumerate(zip(renderings, tokens, strict=True)):
+        sample = _mark_answer(name, place, rendering, ids, offsets, tokenizer if file.template == "plain" else None)
+        made.samples.append(sample)
+        start = 0
+        if len(sample.input_ids) > file.max_length:
+            until = renderer.keep_until(place, conversations[place], rendering.text)
+            start = sum(end <= until for _, end in offsets[: int(sample.is_answer.nonzero().min())])
+            start = max(start, int(ids[0] == tokenizer.bos_token_id))
+        made.kept_starts.append(start)
+    return made
+
+
+def _mark_answer(
+    name: str, place: int, rendering: Rendering, ids: list[int], offsets: list[tuple[int, int]], ends_plain: Any | None
+) -> Sample:
+    """The sample up to its answer's end; a plain one gets the end of sequence of the tokenizer given."""
+    if ends_plain is not None and ids and ids[-1] == ends_plain.eos_token_id:
+        ids, offsets = ids[:-1], offsets[:-1]  # a tokenizer that ends sequences itself
+    answer = [start >= rendering.answer_start for start, _ in offsets]
+    # A tokenizer that does not know a character may leave it out without a word.
+    written = rendering.text[rendering.answer_start : rendering.end_of_turn].strip()
+    if written and not any(rendering.answer_start < end <= rendering.end_of_turn for _, end in offsets):
+        raise ValueError(f'ability "{name}": the tokenizer makes no tokens of the answer of sample {place}')
+    if ends_plain is not None:
+        ids, answer = [*ids, ends_plain.eos_token_id], [*answer, True]
+    else:
+        last = next(at for at, (_, end) in enumerate(offsets) if end > rendering.end_of_turn)
+        ids, answer = ids[: last + 1], answer[: last + 1]
+    return Sample(torch.tensor(ids, dtype=torch.int64), torch.tensor(answer, dtype=torch.bool))
 
 
 def _ready_sample(name: str, place: int, row: dict[str, Any]) -> Sample:
@@ -256,20 +197,28 @@ def _ready_sample(name: str, place: int, row: dict[str, Any]) -> Sample:
     return Sample(ids[:end].to(torch.int64), is_answer[:end])
 
 
-def _fit(samples: Sequence[Sample], max_length: int) -> tuple[list[Sample], int, int]:
-    """Cut over-long prompts from the left; drop samples whose answer alone is too long."""
-    kept, cut, dropped = [], 0, 0
-    for sample in samples:
+def _fit(made: _Made, max_length: int) -> tuple[list[Sample], int, int, bool]:
+    """Cut over-long prompts from the left, behind the beginning that stays; drop samples for which that is too long.
+
+    Returns:
+        The samples kept, how many were cut, how many dropped, and whether one was dropped for what stays before it.
+    """
+    kept, cut, dropped, crowded = [], 0, 0, False
+    for sample, start in zip(made.samples, made.kept_starts, strict=True):
         length = len(sample.input_ids)
-        first = int(sample.is_answer.nonzero().min()) if sample.is_answer.any() else 0
+        answer = length - (int(sample.is_answer.nonzero().min()) if sample.is_answer.any() else 0)
         if length <= max_length:
             kept.append(sample)
-        elif length - first > max_length:
+        elif start + answer > max_length:
             dropped += 1
+            crowded |= answer <= max_length
         else:
             cut += 1
-            kept.append(Sample(sample.input_ids[-max_length:].clone(), sample.is_answer[-max_length:].clone()))
-    return kept, cut, dropped
+            rest = max_length - start
+            kept.append(
+                Sample(*(torch.cat([part[:start], part[-rest:]]) for part in (sample.input_ids, sample.is_answer)))
+            )
+    return kept, cut, dropped, crowded
 
 
 def _fingerprint(samples: Sequence[Sample]) -> str:

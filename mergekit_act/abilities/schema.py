@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Hashable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,9 +99,30 @@ class AbilitiesFile(BaseModel):
     ability_model: str
     max_length: int = Field(default=2048, ge=1)
     template: Literal["chat", "plain"] = "chat"
+    chat_template: str | None = None
     system: str | None = None
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
     abilities: dict[str, Ability] = Field(min_length=1)
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _check_date(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Dates that YAML has read are texts again; ``strftime_now`` is the date that a template writes."""
+        options = {key: value.isoformat() if isinstance(value, date) else value for key, value in options.items()}
+        try:
+            date.fromisoformat(options.get("strftime_now", "2000-01-01"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "strftime_now is the date that templates write; expected one like 2024-07-26, got "
+                f"{options['strftime_now']!r}"
+            ) from error
+        return options
+
+    @model_validator(mode="after")
+    def _check_template(self) -> AbilitiesFile:
+        if self.template == "plain" and self.chat_template is not None:
+            raise ValueError('"template: plain" has no use for chat_template; leave one of them out')
+        return self
 
     @field_validator("abilities")
     @classmethod

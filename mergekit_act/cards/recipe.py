@@ -45,7 +45,7 @@ class Recipe:
 
     Attributes:
         files: name -> abilities file.
-        local: models and data that are no Hub ids, as the files name them.
+        local: models, data and chat templates that are no Hub ids, as the files name them.
     """
 
     def __init__(self, masks: Sequence[MaskFile], target: str = "", ability_models: Sequence[str] = ()) -> None:
@@ -121,6 +121,7 @@ class Recipe:
         if settings:
             self._runs[place].abilities[name] = settings
             self.local += [data["dataset"]] if not data.get("on_hub") else []
+            self.local += [data["chat_template"]] if data.get("chat_template") else []
         self._run_of[_key(source)] = place
 
     def _mask_command(self, path: str, mask: Mask) -> list[str]:

@@ -208,9 +208,9 @@ def _end_tokens(model: Any, held_out: HeldOut) -> list[int]:
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = list(own) if isinstance(own, list) else [own]
     ends.append(held_out.tokenizer.eos_token_id)
-    last = int(held_out.samples[0].input_ids[-1])
-    if last in {*held_out.tokenizer.all_special_ids, *held_out.tokenizer.added_tokens_decoder}:
-        ends.append(last)
+    known = {*held_out.tokenizer.all_special_ids, *held_out.tokenizer.added_tokens_decoder}
+    # Tool calls may end otherwise than other answers.
+    ends += [last for sample in held_out.samples if (last := int(sample.input_ids[-1])) in known]
     found = list(dict.fromkeys(int(end) for end in ends if end is not None))
     if not found:
         raise ValueError("neither the model nor its tokenizer has an end-of-sequence token, which ends answers")
