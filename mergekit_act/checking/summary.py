@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
-import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.registry import get, registered_methods
@@ -23,6 +22,8 @@ from mergekit_act.checking.headers import only_headers
 from mergekit_act.checking.planning import check_before_planning, plan_merge
 from mergekit_act.checking.plans import PlanCheck, PlannedTensor
 from mergekit_act.merging import channels_along, is_ours
+from mergekit_act.wording import shorten
+from mergekit_act.yaml_files import SeveralDocumentsError, read_yaml
 
 __all__ = [
     "CheckSummary",
@@ -135,12 +136,13 @@ def check_config(path: str | Path, options: MergeOptions) -> CheckSummary:
         ValueError: the file is no merge config with one of our methods.
     """
     try:
-        written = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        config = MergeConfiguration.model_validate(written)
-    except yaml.composer.ComposerError as error:
+        written = read_yaml(path, "merge config")
+    except SeveralDocumentsError as error:
         raise ValueError(f"{path} holds several configs, as for mergekit-multi; check takes one") from error
-    except (yaml.YAMLError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no merge config: {' '.join(str(error).split())}") from error
+    try:
+        config = MergeConfiguration.model_validate(written)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is no merge config: {shorten(' '.join(str(error).split()), 1500)}") from error
     if not is_ours(config.merge_method):
         ours = sorted(method.spec.name for method in registered_methods() if is_ours(method.spec.name))
         close = difflib.get_close_matches(config.merge_method, ours, n=1)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
@@ -17,6 +16,8 @@ from mergekit_act.channels import Layout
 from mergekit_act.files import file_hash
 from mergekit_act.merging import find_mask_files
 from mergekit_act.sweep.grid import Point
+from mergekit_act.wording import enumerate_some, shorten
+from mergekit_act.yaml_files import read_yaml
 
 __all__ = ["SweptConfig", "read_swept_config"]
 
@@ -66,16 +67,16 @@ def read_swept_config(path: Path) -> SweptConfig:
         FileNotFoundError: there is no such file, or a profile does not exist.
         ValueError: it is no config of the method ``act`` with plain models and profiles; what is wrong is told.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a merge config (YAML)")
+    written = read_yaml(path, "merge config")
     try:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
         config = MergeConfiguration.model_validate(written)
     except ValidationError as error:
-        shown = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
+        shown = enumerate_some(
+            (f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()), "; "
+        )
         raise ValueError(f"{path} is no merge config: {shown}") from error
-    except (yaml.YAMLError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no merge config: {' '.join(str(error).split())}") from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is no merge config: {shorten(' '.join(str(error).split()), 1500)}") from error
     if config.merge_method != "act":
         raise ValueError(f'{path} uses merge_method "{config.merge_method}"; a sweep varies the settings of act')
     if config.base_model is None or not config.models:
