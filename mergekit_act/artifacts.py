@@ -34,6 +34,7 @@ from mergekit_act.wording import enumerate_some, escape, shorten
 
 __all__ = [
     "ArtifactError",
+    "ForeignFileError",
     "Mask",
     "Profile",
     "load_artifact",
@@ -49,6 +50,10 @@ _KEY = "mergekit_act"
 
 class ArtifactError(ValueError):
     """A profile or mask that cannot be used; the message names the file, what is wrong and what to do."""
+
+
+class ForeignFileError(ArtifactError):
+    """A file that mergekit-act did not write, such as a model's weights."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +254,7 @@ def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:  # a dtype that PyTorch lacks
         raise _invalid(path, f"it has tensors that PyTorch cannot read ({shorten(error, 500)})") from error
     if text is None:
-        raise ArtifactError(f'{shown} is not a profile or mask of mergekit-act: it has no "{_KEY}" metadata.')
+        raise ForeignFileError(f'{shown} is not a profile or mask of mergekit-act: it has no "{_KEY}" metadata.')
     try:
         metadata = parse_metadata(text)
     except ValueError as error:

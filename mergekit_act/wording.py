@@ -27,7 +27,9 @@ def escape(text: object, *, keep: str = "") -> str:
 
 
 def _written(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    """As Python writes it; what JSON leaves as it is, so that JSON reads it."""
+    code = ord(character)
+    return character.encode("unicode_escape").decode("ascii") if code < 0x20 else f"\\u{code:04x}"
 
 
 def shorten(text: object, length: int = LONGEST) -> str:
