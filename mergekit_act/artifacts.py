@@ -1,13 +1,13 @@
 """Profiles and masks: what is in them, and how they are written, read and validated.
 
-Both are safetensors files with one metadata key, ``mergekit_act``, whose JSON says all that a merge needs.
+Both are safetensors files with one metadata key, ``mergekit_act``, whose JSON says all that a merge needs. Version 2 of
+the format adds a checksum over the tensors; version 1 is read as well.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +20,21 @@ from torch import Tensor
 
 from mergekit_act import __version__
 from mergekit_act.channels import Layout
-from mergekit_act.files import write_atomically
+from mergekit_act.files import check_regular, write_atomically
+from mergekit_act.validation import (
+    FORMAT_VERSIONS,
+    KINDS,
+    checksum,
+    mask_problems,
+    metadata_problems,
+    parse_metadata,
+    profile_problems,
+)
+from mergekit_act.wording import enumerate_some, escape, shorten
 
 __all__ = [
     "ArtifactError",
+    "ForeignFileError",
     "Mask",
     "Profile",
     "load_artifact",
@@ -34,12 +45,15 @@ __all__ = [
     "save_profile",
 ]
 
-FORMAT_VERSION = 1
 _KEY = "mergekit_act"
 
 
 class ArtifactError(ValueError):
     """A profile or mask that cannot be used; the message names the file, what is wrong and what to do."""
+
+
+class ForeignFileError(ArtifactError):
+    """A file that mergekit-act did not write, such as a model's weights."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +131,11 @@ def save_profile(profile: Profile, path: str | Path, *, overwrite: bool = False)
     """Write a profile. Equal content gives equal bytes.
 
     Raises:
-        ArtifactError: a score is missing, of the wrong shape, negative, NaN or infinite.
+        ArtifactError: a score is missing, of the wrong shape, negative, NaN or infinite; or what is said of the scores
+            contradicts them.
         FileExistsError: the file exists and ``overwrite`` is false.
     """
-    _check(_profile_problems(profile), path)
+    _check(profile_problems(profile.scores, profile.layout, profile.criterion, profile.shared_rows), path)
     _save("profile", profile, profile.scores, path, overwrite)
 
 
@@ -128,10 +143,10 @@ def save_mask(mask: Mask, path: str | Path, *, overwrite: bool = False) -> None:
     """Write a mask. Equal content gives equal bytes.
 
     Raises:
-        ArtifactError: a module is unknown or of the wrong shape.
+        ArtifactError: a module is unknown or of the wrong shape, or the counts are not the tensors'.
         FileExistsError: the file exists and ``overwrite`` is false.
     """
-    _check(_mask_problems(mask), path)
+    _check(mask_problems(mask.channels, mask.layout, mask.counts), path)
     selected = {module: chosen for module, chosen in mask.channels.items() if chosen.any()}
     _save("mask", mask, selected, path, overwrite)
 
@@ -166,25 +181,22 @@ def load_artifact(path: str | Path) -> Profile | Mask:
     """Read a file that is either a profile or a mask; raises as the two functions for one kind do."""
     path = Path(path)
     metadata, tensors = _read(path)
-    layout = _layout_from(metadata, path)
+    layout = _layout_from(metadata)
     order = {module: place for place, module in enumerate(layout.parameters)}
-    tensors = {module: tensors[module] for module in sorted(tensors, key=lambda module: order.get(module, -1))}
+    ordered = {module: tensors[module] for module in sorted(tensors, key=lambda module: order.get(module, -1))}
     kind = metadata["kind"]
     known = {name: metadata[name] for name in _PROVENANCE[kind] if name in metadata}
     if kind == "mask":
-        sources = known.get("sources", [])
-        if not (isinstance(sources, list) and all(isinstance(source, dict) for source in sources)):
-            raise _invalid(path, 'its "sources" are no list of objects')
-        known["sources"] = tuple(sources)
-        mask = Mask(channels=tensors, layout=layout, **known)
-        _check(_mask_problems(mask), path)
-        return mask
-    kinds = {"criterion": str, "ability": str, "target": dict, "ability_model": dict}
-    wrong = [name for name, kind in kinds.items() if not isinstance(known.get(name), kind)]
-    _check([f'its metadata lacks "{name}"' for name in wrong], path)
-    profile = Profile(scores=tensors, layout=layout, **known)
-    _check(_profile_problems(profile), path)
-    return profile
+        known["sources"] = tuple(known.get("sources", ()))
+        mask = Mask(channels=ordered, layout=layout, **known)
+        problems = mask_problems(ordered, layout, mask.counts)
+    else:
+        profile = Profile(scores=ordered, layout=layout, **known)
+        problems = profile_problems(ordered, layout, profile.criterion, profile.shared_rows)
+    if metadata["format_version"] > 1 and metadata["checksum"] != checksum(tensors):
+        problems.append("its tensors are not those that were written, their checksum is another")
+    _check(problems, path)
+    return mask if kind == "mask" else profile
 
 
 def _save(
@@ -193,7 +205,7 @@ def _save(
     layout = artifact.layout
     metadata: dict[str, Any] = {
         "kind": kind,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSIONS[-1],
         "modules": list(layout.modules),
         "parameters": {module: [list(pair) for pair in owned] for module, owned in layout.parameters.items()},
         "tied": [list(group) for group in layout.tied],
@@ -206,8 +218,10 @@ def _save(
     if layout.shapes is not None:
         metadata["shapes"] = {name: list(shape) for name, shape in layout.shapes.items()}
     metadata |= {name: getattr(artifact, name) for name in _PROVENANCE[kind]}
+    written = {module: tensor.contiguous().cpu() for module, tensor in tensors.items()}
+    metadata["checksum"] = checksum(written)
     content = save(
-        {module: tensor.contiguous().cpu() for module, tensor in tensors.items()},
+        written,
         metadata={_KEY: json.dumps(metadata, sort_keys=True)},
     )
     write_atomically(path, content, overwrite=overwrite)
@@ -224,96 +238,59 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    shown = escape(path)
     if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder; name the files in it, such as {path}/*.safetensors")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. mergekit-act profile and mergekit-act mask write such files.")
+        raise FileNotFoundError(f"{shown} is a folder; name the files in it, such as {shown}/*.safetensors")
+    if not path.exists():
+        raise FileNotFoundError(f"{shown} does not exist. mergekit-act profile and mergekit-act mask write such files.")
+    check_regular(path)  # to read from a pipe may never end
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
-            # Copies: a tensor that maps the file would change with it.
-            read = {name: file.get_tensor(name).clone() for name in (file.keys() if tensors else ())}
+            read = {name: _copied(file.get_tensor(name)) for name in (file.keys() if tensors and text else ())}
     except SafetensorError as error:
-        raise ArtifactError(f"{path} is not a complete safetensors file ({error}). Make it again.") from error
+        reason = shorten(error, 500)
+        raise ArtifactError(f"{shown} is not a complete safetensors file ({reason}). Make it again.") from error
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:  # a dtype that PyTorch lacks
+        raise _invalid(path, f"it has tensors that PyTorch cannot read ({shorten(error, 500)})") from error
     if text is None:
-        raise ArtifactError(f'{path} is not a profile or mask of mergekit-act: it has no "{_KEY}" metadata.')
+        raise ForeignFileError(f'{shown} is not a profile or mask of mergekit-act: it has no "{_KEY}" metadata.')
     try:
-        metadata = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path}: its metadata is not JSON ({error}). Make it again.") from error
-    if not isinstance(metadata, dict):
-        raise ArtifactError(f"{path}: its metadata is not a JSON object. Make it again.")
-    if metadata.get("format_version") != FORMAT_VERSION:
+        metadata = parse_metadata(text)
+    except ValueError as error:
+        raise _invalid(path, str(error)) from error
+    version_of_it = metadata.get("format_version")
+    if isinstance(version_of_it, bool) or version_of_it not in FORMAT_VERSIONS:
         raise ArtifactError(
-            f"{path} has format version {metadata.get('format_version')!r}; this mergekit-act {__version__} reads "
-            f"version {FORMAT_VERSION}. Update mergekit-act or make the file again."
+            f"{shown} has format version {shorten(repr(version_of_it), 100)}; this mergekit-act {__version__} reads "
+            f"versions {' and '.join(map(str, FORMAT_VERSIONS))}. Update mergekit-act or make the file again."
         )
-    if metadata.get("kind") not in _PROVENANCE:
-        raise ArtifactError(f'{path} is a "{metadata.get("kind")}"; expected a profile or a mask.')
+    kind = metadata.get("kind")
+    if not (isinstance(kind, str) and kind in KINDS):
+        named = escape(shorten(kind, 100))
+        raise ArtifactError(f'{shown} is a "{named}"; expected a profile or a mask.')
+    _check(metadata_problems(metadata), path)
     return metadata, read
 
 
-def _layout_from(metadata: Mapping[str, Any], path: Path) -> Layout:
-    try:
-        owners = {
-            module: tuple((str(name), int(axis)) for name, axis in metadata["parameters"][module])
-            for module in metadata["modules"]
-        }
-        shapes = metadata.get("shapes")
-        layout = Layout(
-            parameters=owners,
-            tied=tuple(tuple(map(str, group)) for group in metadata["tied"]),
-            shapes=None if shapes is None else {name: tuple(map(int, shape)) for name, shape in shapes.items()},
-        )
-        if shapes is not None:
-            layout.channel_count()  # every shape is there and has the axis
-        if any(axis not in (0, 1, 2) for owned in owners.values() for _, axis in owned):
-            raise ValueError("a channel axis is none of 0, 1, 2")
-        return layout
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        why = f'its metadata does not describe its modules ("modules", "parameters", "tied", "shapes"): {error!r}'
-        raise _invalid(path, why) from error
+def _copied(tensor: Tensor) -> Tensor:
+    """A tensor that does not change with the file it maps; bytes that are no booleans stay what they are."""
+    return tensor.view(torch.uint8).clone().view(torch.bool) if tensor.dtype == torch.bool else tensor.clone()
 
 
-def _profile_problems(profile: Profile) -> list[str]:
-    found = [f'module "{module}" has no scores' for module in profile.layout.modules if module not in profile.scores]
-    if profile.criterion not in ("activation", "weight", "random"):
-        found.append(f'criterion "{profile.criterion}" is none of activation, weight, random')
-    for module, scores in profile.scores.items():
-        found += _tensor_problems(profile.layout, module, scores, torch.float32)
-        if scores.dtype == torch.float32 and not torch.isfinite(scores).all():
-            found.append(f'module "{module}" has scores that are NaN or infinite')
-        elif scores.dtype == torch.float32 and (scores < 0).any():
-            found.append(f'module "{module}" has negative scores')
-    return found
-
-
-def _mask_problems(mask: Mask) -> list[str]:
-    return [
-        problem
-        for module, chosen in mask.channels.items()
-        for problem in _tensor_problems(mask.layout, module, chosen, torch.bool)
-    ]
-
-
-def _tensor_problems(layout: Layout, module: str, tensor: Tensor, dtype: torch.dtype) -> Iterable[str]:
-    if module not in layout.parameters or not layout.parameters[module]:
-        yield f'module "{module}" is not in its list of modules'
-    elif tensor.dtype != dtype:
-        yield f'module "{module}" is {tensor.dtype}, expected {dtype}'
-    elif tensor.ndim not in (1, 2):
-        yield f'module "{module}" has {tensor.ndim} dimensions, expected [channels] or [experts, channels]'
-    elif layout.shapes is not None and tuple(tensor.shape) != layout.channel_shape(module):
-        expected = math.prod(layout.channel_shape(module))
-        yield f'module "{module}" has {tensor.numel()} channels, its parameters say {expected}'
+def _layout_from(metadata: Mapping[str, Any]) -> Layout:
+    parameters, shapes = metadata["parameters"], metadata.get("shapes")
+    return Layout(
+        parameters={module: tuple(map(tuple, parameters[module])) for module in metadata["modules"]},
+        tied=tuple(map(tuple, metadata["tied"])),
+        shapes=None if shapes is None else {name: tuple(shape) for name, shape in shapes.items()},
+    )
 
 
 def _check(problems: list[str], path: str | Path) -> None:
     if problems:
-        shown = "; ".join(sorted(problems)[:10])
-        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise _invalid(path, shown + more)
+        raise _invalid(path, enumerate_some(sorted(problems), "; "))
 
 
 def _invalid(path: str | Path, why: str) -> ArtifactError:
-    return ArtifactError(f"{path} is not a valid file of mergekit-act: {why}. Make it again.")
+    return ArtifactError(f"{escape(path)} is not a valid file of mergekit-act: {escape(why)}. Make it again.")

@@ -5,7 +5,8 @@ Python starts. All that happens then is that a finder is put in front of ``sys.m
 mergekit modules named below and completes each right after its own code has run, once. Everything heavy is
 imported by then, because mergekit itself has imported it.
 
-``MERGEKIT_ACT_AUTOLOAD=0`` turns the hook off. No failure in here reaches the process: each becomes one warning.
+``MERGEKIT_ACT_AUTOLOAD=0`` turns the hook off. No failure in here reaches the process, whatever other finders and
+loaders are there: each becomes one warning, and our methods refuse to run.
 """
 
 import os
@@ -22,6 +23,7 @@ _COMPLETIONS = {
     "mergekit.scripts.multimerge": ("mergekit_act.checking", "wrap_multimerge"),
     "mergekit.scripts.merge_raw_pytorch": ("mergekit_act.checking", "wrap_flat_planner"),
 }
+_failed: dict[str, str] = {}  # module that could not be completed -> why
 
 
 def install() -> None:
@@ -31,8 +33,9 @@ def install() -> None:
     for name in _COMPLETIONS:
         module = sys.modules.get(name)
         # One that is still being imported, as when it is what brings us here, is completed by the finder.
-        if module is not None and not getattr(module.__spec__, "_initializing", False):
+        if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
             _complete(name)
+    _refuse()
 
 
 class _Finder:
@@ -41,22 +44,46 @@ class _Finder:
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
         if name not in _COMPLETIONS:
             return None
-        for finder in sys.meta_path:
-            spec = finder.find_spec(name, path, target) if finder is not self else None
-            if spec is not None:
-                _run_afterwards(spec.loader, name)  # type: ignore[no-untyped-call]
-                return spec
+        try:
+            for finder in list(sys.meta_path):
+                find_spec = None if finder is self else getattr(finder, "find_spec", None)
+                spec = None if find_spec is None else find_spec(name, path, target)
+                if spec is not None:
+                    return _run_afterwards(spec, name)  # type: ignore[no-untyped-call]
+        except Exception as error:  # Python asks the other finders itself then, and tells what it thinks of them
+            _fail(name, error)
         return None
 
 
-def _run_afterwards(loader, name):  # type: ignore[no-untyped-def]
-    run_module = loader.exec_module
+class _Loader:
+    """A module's own loader, which completes the module as soon as it is loaded and is in its place again then."""
 
-    def exec_module(module):  # type: ignore[no-untyped-def]
-        run_module(module)
-        _complete(name)
+    def __init__(self, own, spec, name):  # type: ignore[no-untyped-def]
+        self._own, self._spec, self._name = own, spec, name
 
-    loader.exec_module = exec_module
+    def __getattr__(self, attribute):  # type: ignore[no-untyped-def]
+        return getattr(self._own, attribute)
+
+    def create_module(self, spec):  # type: ignore[no-untyped-def]
+        create = getattr(self._own, "create_module", None)
+        return None if create is None else create(spec)
+
+    def exec_module(self, module):  # type: ignore[no-untyped-def]
+        self._spec.loader = self._own
+        if getattr(module, "__loader__", None) is self:
+            module.__loader__ = self._own
+        if hasattr(self._own, "exec_module"):
+            self._own.exec_module(module)
+        else:  # a loader of old
+            self._own.load_module(self._name)
+        _complete(self._name)
+
+
+def _run_afterwards(spec, name):  # type: ignore[no-untyped-def]
+    own = spec.loader
+    if own is not None:  # None: a folder without a module of its own
+        spec.loader = _Loader(own, spec, name)  # type: ignore[no-untyped-call]
+    return spec
 
 
 def _complete(name: str) -> None:
@@ -67,21 +94,36 @@ def _complete(name: str) -> None:
         module = importlib.import_module(home)
         if function is not None:
             getattr(module, function)()
+        _failed.pop(name, None)
     except Exception as error:
-        _warn(f"mergekit-act could not complete {name}: {error!r}")
-        if function is not None and "mergekit_act.merging" in sys.modules:
-            # Without the planners' checks the methods must not run.
-            sys.modules["mergekit_act.merging"].refuse_to_run(f"{name} could not be completed ({error!r})")
+        _fail(name, error)
+
+
+def _fail(name: str, error: Exception) -> None:
+    _failed[name] = f"{name} could not be completed ({error!r})"
+    _warn(f"mergekit-act could not complete {name}: {error!r}")
+    _refuse()
+
+
+def _refuse() -> None:
+    """Without the planners' checks the methods must not run."""
+    methods = sys.modules.get("mergekit_act.merging")
+    for name, why in _failed.items():
+        if _COMPLETIONS[name][1] is not None and hasattr(methods, "refuse_to_run"):
+            methods.refuse_to_run(why)  # type: ignore[union-attr]
 
 
 def _warn(message: str) -> None:
-    import warnings
-
     message = f"{message} ({_SWITCH}=0 turns this off)"
     try:
+        import warnings
+
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-    except RuntimeWarning:  # python -W error
-        print(message, file=sys.stderr)
+    except Exception:  # python -W error, or a hook for warnings that fails
+        try:
+            print(message, file=sys.stderr or sys.__stderr__)
+        except Exception:
+            return  # nobody can be told
 
 
 if os.environ.get(_SWITCH) != "0":

@@ -29,6 +29,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mergekit_act.channels import build_skeleton
+from mergekit_act.wording import shorten
 
 __all__ = [
     "Checkpoint",
@@ -100,8 +101,8 @@ class Checkpoint:
             index = ShardedTensorIndex.from_disk(str(self.folder))
         except RuntimeError as error:
             raise FileNotFoundError(f"{self.folder} has no model.safetensors or pytorch_model.bin") from error
-        except SafetensorError as error:
-            reason = _one_line(error)
+        except (SafetensorError, UnpicklingError, EOFError) as error:  # pickles may hold more than tensors
+            reason = shorten(_one_line(error), 500)
             raise ValueError(f"{self.folder} has no complete weight file ({reason}); fetch or save it again") from error
         missing = sorted({file for file in index.tensor_paths.values() if not (self.folder / file).is_file()})
         if missing:
@@ -404,7 +405,7 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
         }
     except (struct.error, ValueError, KeyError, AttributeError, RuntimeError, EOFError, UnpicklingError) as error:
         raise ValueError(
-            f"{path} is not a complete weight file ({_one_line(error)}); fetch or save it again"
+            f"{path} is not a complete weight file ({shorten(_one_line(error), 500)}); fetch or save it again"
         ) from error
 
 

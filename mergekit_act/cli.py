@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,23 +17,69 @@ from typing import Any
 import click
 
 from mergekit_act import __version__
+from mergekit_act.wording import escape, shorten
 
 
 class _Command(click.Command):
     """Prints a user's mistake as one sentence; ``-v`` shows the traceback as well."""
 
+    def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
+        with _told():
+            return super().make_context(*arguments, **settings)
+
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with _told():
+                return super().invoke(context)
         except click.ClickException:
             raise
         except KeyboardInterrupt as error:
             click.echo(f"\n{error}" if error.args else "\nInterrupted.", err=True)
             context.exit(130)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError, RecursionError) as error:
             if context.params.get("verbose"):
                 raise
-            raise click.ClickException(_of_rank() + str(error)) from error
+            told = next((told for kind, told in _SENTENCES.items() if isinstance(error, kind)), str(error))
+            raise click.ClickException(_of_rank() + _shown(told)) from error
+
+
+_SENTENCES: dict[type[BaseException], str] = {
+    MemoryError: "this machine's memory does not suffice. Close other programs, or ask for less at once (smaller "
+    "files, --memory-budget, --batch-tokens)",
+    RecursionError: "something in the input is nested too deep to be read",
+}
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Sentences of click's own errors may quote files and arguments as well."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = _shown(error.message)  # type: ignore[misc]
+        raise
+
+
+def _shown(text: str) -> str:
+    """At most a screen, without control characters: whatever names and files are in it."""
+    return shorten(escape(text, keep="\n"))
+
+
+def _echo(text: object = "", *, err: bool = False) -> None:
+    """Print, quietly ending where nobody reads any more, as ``head`` does."""
+    try:
+        click.echo(escape(text, keep="\n"), err=err)
+    except BrokenPipeError:
+        # What is still in the buffer would be tried again, and told, when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+class _Lines(logging.Formatter):
+    """Warnings name files and models too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape(super().format(record), keep="\n")
 
 
 class _Bytes(click.ParamType):  # type: ignore[type-arg]
@@ -95,6 +143,22 @@ def _of_rank() -> str:
     return f"process {os.environ['RANK']}: " if several and "RANK" in os.environ else ""
 
 
+def _again(*more: str) -> str:
+    """The command that runs, with more options."""
+    context = click.get_current_context()
+    words: list[str] = []
+    for parameter in context.command.params:
+        value = context.params[parameter.name or ""]
+        option = max(parameter.opts, key=len)
+        if isinstance(parameter, click.Argument):
+            words += value if isinstance(value, tuple) else [value]
+        elif isinstance(value, tuple):
+            words += [word for one in value for word in (option, one)]
+        elif value not in (None, False, 0) and option not in " ".join(more):
+            words += [option] if value is True else [option, value]
+    return f"{context.command_path} {shlex.join(map(str, words))} {' '.join(more)}"
+
+
 class _Group(click.Group):
     command_class = _Command
 
@@ -110,7 +174,12 @@ def _common(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def command(verbose: int, quiet: bool, **arguments: Any) -> Any:
         level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-        logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Lines("%(levelname)s: %(message)s"))
+        logging.basicConfig(level=level, handlers=[handler])
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks
         if quiet or not sys.stderr.isatty():
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         return function(quiet=quiet, **arguments)
@@ -166,7 +235,7 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
     from mergekit_act.report import list_channels
 
     config = read_config(model, trust_remote_code=trust_remote_code)
-    click.echo(list_channels(channel_layout(config, trust_remote_code=trust_remote_code)))
+    _echo(list_channels(channel_layout(config, trust_remote_code=trust_remote_code)))
 
 
 @main.command()
@@ -227,9 +296,9 @@ def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **
 
     file = load_abilities(abilities_file)
     for path, made in write_profiles(file, out_dir, criterion=criterion, quiet=quiet, **options).items():
-        click.echo(path)
+        _echo(path)
         if "expert_tokens" in made.data:
-            click.echo(list_expert_tokens(made))
+            _echo(list_expert_tokens(made))
 
 
 @main.command()
@@ -304,6 +373,7 @@ def mask(
     from mergekit_act.cards.files import write_folder_card
     from mergekit_act.files import check_free, file_hash
     from mergekit_act.report import list_mask
+    from mergekit_act.report.listings import head_warning
     from mergekit_act.selection import Retention, make_mask
 
     check_free([out], overwrite=overwrite)
@@ -313,11 +383,15 @@ def mask(
         spared = Retention([load_profile(path) for path in retain], [file_hash(path) for path in retain], **given)
     hashes = [file_hash(path) for path in profiles]
     made = make_mask(loaded, density, exclude=exclude, hashes=hashes, retain=spared)
+    selected = {module: int(chosen.sum()) for module, chosen in made.channels.items()}
+    warning = head_warning(made.layout, "the mask", selected, "Without them: " + _again("--exclude {head} --overwrite"))
+    if warning:
+        _echo(f"warning: {warning}", err=True)
     save_mask(made, out, overwrite=overwrite)
     readme = write_folder_card(out.parent)
-    click.echo(list_mask(made))
+    _echo(list_mask(made))
     if readme is not None:
-        click.echo(f"described for the Hub: {readme}")
+        _echo(f"described for the Hub: {readme}")
 
 
 @main.command(context_settings={"ignore_unknown_options": True}, options_metavar="[OPTIONS] [OPTIONS OF mergekit-yaml]")
@@ -349,9 +423,9 @@ def check(arguments: tuple[str, ...], as_json: bool, quiet: bool) -> None:
         if not as_json:
             raise
         problems = error.problems if isinstance(error, MergeConfigError) else [str(error)]
-        click.echo(json.dumps({"problems": problems}, indent=2))
+        _echo(json.dumps({"problems": problems}, indent=2))
         raise SystemExit(1) from error
-    click.echo(json.dumps(dataclasses.asdict(summary) | {"problems": []}, indent=2) if as_json else list_check(summary))
+    _echo(json.dumps(dataclasses.asdict(summary) | {"problems": []}, indent=2) if as_json else list_check(summary))
 
 
 @main.command(
@@ -408,7 +482,7 @@ def evaluate(models: tuple[str, ...], file: Path, names: tuple[str, ...], **opti
     from mergekit_act.evaluation.command import run_evaluation
 
     for line in run_evaluation(models, load_abilities(file), names or None, **options):
-        click.echo(line)
+        _echo(line)
 
 
 @main.command()
@@ -468,18 +542,18 @@ def sweep(
     config = read_swept_config(config_file)
     points = make_grid(len(config.models), grid=grid, densities=densities, weights=weights, per_model=per_model)
     result = run_sweep(config, load_abilities(abilities_file), out_dir, points, **options)
-    click.echo(list_sweep(result))
-    click.echo(f"{len(result.frontier)} of {len(result.scores)} points, which no other surpasses; all are in sweep.csv")
+    _echo(list_sweep(result))
+    _echo(f"{len(result.frontier)} of {len(result.scores)} points, which no other surpasses; all are in sweep.csv")
     if result.best is None:
         limit = f"{options['keep_within']:.0%} of what is to be kept"
-        click.echo(f"every point loses more than {limit} or recovers nothing: no best.yml")
+        _echo(f"every point loses more than {limit} or recovers nothing: no best.yml")
     written = [out_dir / name for name in ("sweep.csv", "best.yml") if (out_dir / name).exists()]
     if can_draw():
         written += draw_sweep(result, out_dir)
     else:
-        click.echo('for a picture: pip install "mergekit-act[plots]", and the same command again')
+        _echo('for a picture: pip install "mergekit-act[plots]", and the same command again')
     for path in written:
-        click.echo(path)
+        _echo(path)
 
 
 @main.command()
@@ -574,7 +648,7 @@ def finetune(
         quiet=quiet,
     )
     for path in written:
-        click.echo(path)
+        _echo(path)
 
 
 @main.command()
@@ -625,13 +699,13 @@ def report(
 
         if chosen and all(load_metadata(path)["kind"] == "mask" for path in files):
             raise ValueError("the channels of a mask were chosen when it was made; leave out --density and --exclude")
-        click.echo("\n\n".join(list_essentials(path, density=density, exclude=exclude) for path in files))
+        _echo("\n\n".join(list_essentials(path, density=density, exclude=exclude) for path in files))
         return
     from mergekit_act.report.page import write_report
 
     for warning in write_report(files, out_dir, density=density, exclude=exclude, overwrite=overwrite, quiet=quiet):
-        click.echo(f"warning: {warning}")
-    click.echo(out_dir / "report.html")
+        _echo(f"warning: {warning}")
+    _echo(out_dir / "report.html")
 
 
 @main.command(context_settings={"ignore_unknown_options": True}, options_metavar="[OPTIONS] [OPTIONS OF mergekit-yaml]")
@@ -663,9 +737,9 @@ def card(arguments: tuple[str, ...], quiet: bool, **options: Any) -> None:
     with _quiet_checks():
         written = write_merge_card(Path(merged_dir), merge_options, **options)
     for remark in written.remarks:
-        click.echo(f"note: {remark}")
+        _echo(f"note: {remark}")
     for path in written.files:
-        click.echo(path)
+        _echo(path)
 
 
 @main.command()
@@ -680,4 +754,4 @@ def demo(out_dir: Path, quiet: bool) -> None:
     """
     from mergekit_act.demo import run_demo
 
-    run_demo(out_dir, echo=click.echo, quiet=quiet)
+    run_demo(out_dir, echo=_echo, quiet=quiet)

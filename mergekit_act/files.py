@@ -9,7 +9,9 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["check_free", "check_writable", "file_hash", "remove_leftovers", "write_atomically"]
+from mergekit_act.wording import enumerate_some, escape
+
+__all__ = ["check_free", "check_regular", "check_writable", "file_hash", "remove_leftovers", "write_atomically"]
 
 
 def file_hash(path: str | Path) -> str:
@@ -19,11 +21,21 @@ def file_hash(path: str | Path) -> str:
 
 
 def check_free(paths: Iterable[str | Path], *, overwrite: bool) -> None:
-    """Raise FileExistsError if an output file exists, before any work is done for it."""
-    taken = [str(path) for path in paths if Path(path).exists()]
+    """Raise FileExistsError if an output file exists, before any work is done for it.
+
+    A link counts as a file, wherever it leads: it is what a new file would replace.
+    """
+    taken = [escape(path) for path in paths if os.path.lexists(path)]
     if taken and not overwrite:
         verb = "exists" if len(taken) == 1 else "exist"
-        raise FileExistsError(f"{', '.join(taken)} {verb}. Choose another name or say --overwrite.")
+        raise FileExistsError(f"{enumerate_some(taken)} {verb}. Choose another name or say --overwrite.")
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise an OSError if something is there that is no regular file, such as a pipe, a device or a folder."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{escape(path)} is {'a folder' if path.is_dir() else 'no regular file'}; name a file")
 
 
 def remove_leftovers(path: str | Path) -> None:
@@ -36,17 +48,22 @@ def remove_leftovers(path: str | Path) -> None:
 def write_atomically(path: str | Path, content: bytes, *, overwrite: bool = False) -> None:
     """Write a file so that no one ever sees half of it: temporary file beside it, fsync, rename.
 
+    A link in its place is replaced, not what it leads to; a pipe, device or folder is not.
+
     Raises:
         FileExistsError: the file exists and ``overwrite`` is false.
         OSError: it can't be written; the message names it.
     """
     path = Path(path)
     check_free([path], overwrite=overwrite)
+    check_regular(path)
     try:
         _write(path, content)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(f"{path} could not be written: {reason}. Mend that and give the same command again") from error
+        raise OSError(
+            f"{escape(path)} could not be written: {reason}. Mend that and give the same command again"
+        ) from error
 
 
 def check_writable(folder: str | Path) -> None:

@@ -346,7 +346,7 @@ def test_tokenizers_that_disagree(tokenizer_folders, sums_file, tmp_path):
         ("target: t\nability_model: a\nabilities: {weight: {dataset: d}}", 'ability name "weight" is reserved'),
         ("target: t\nability_model: a\nabilities: {x: {dataset: d, samples: 10, evaluate: {offset: 5}}}", "held-out rows 5 to 204 overlap the profiled rows 0 to 9"),
         ("target: t\nability_model: a\nabilities: {}", "abilities: .*at least 1 item"),
-        ("- a", "is not an abilities file"),
+        ("- a", "is no abilities file"),
         ("a: [", "is not valid YAML"),
     ],
 )  # fmt: skip

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
+import types
+import zipfile
+from importlib.machinery import PathFinder, SourceFileLoader
+from importlib.util import spec_from_loader
 from pathlib import Path
 
 import pytest
@@ -78,6 +84,143 @@ def test_a_failure_becomes_one_warning():
     assert done.stderr.count("RuntimeWarning: mergekit-act could not complete mergekit.merge_methods") == 1
     strict = run(sys.executable, "-W", "error::RuntimeWarning", "-c", code)
     assert (strict.returncode, strict.stdout) == (0, "['ties']\n")
+
+
+class OfOld:
+    """A finder without find_spec, as Python 3.11 still asks them and later ones pass over."""
+
+    def find_module(self, name, path=None):
+        return None
+
+
+class Raising:
+    def find_spec(self, name, path=None, target=None):
+        raise TypeError("not mine")
+
+
+class Odd:
+    """A finder that gives something that is no spec."""
+
+    def find_spec(self, name, path=None, target=None):
+        return "spec" if name == "completed" else None
+
+
+class Frozen:
+    """A finder whose specs and loaders cannot be changed."""
+
+    def find_spec(self, name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path, target) if name == "completed" else None
+        return None if spec is None else Unchangeable(spec)
+
+
+class Unchangeable:
+    def __init__(self, spec):
+        object.__setattr__(self, "_spec", spec)
+
+    def __getattr__(self, name):
+        return getattr(object.__getattribute__(self, "_spec"), name)
+
+    def __setattr__(self, name, value):
+        if name == "loader":
+            raise AttributeError("cannot be changed")
+        setattr(self._spec, name, value)
+
+
+class LoaderOfOld:
+    """A finder whose loader has no exec_module."""
+
+    def find_spec(self, name, path=None, target=None):
+        return spec_from_loader(name, self) if name == "completed" else None
+
+    def load_module(self, name):
+        module = sys.modules.get(name) or types.ModuleType(name)
+        module.loaded = "of old"
+        sys.modules[name] = module
+        return module
+
+
+@pytest.fixture
+def hooked(tmp_path, monkeypatch):
+    """The hook, waiting for a module "completed" that "home" completes; what was imported is forgotten."""
+    (tmp_path / "home.py").write_text("import sys\ndef complete():\n    sys.modules['completed'].done = True\n")
+    (tmp_path / "completed.py").write_text("loaded = 'from a file'\n")
+    monkeypatch.setattr(autoload, "_COMPLETIONS", {"completed": ("home", "complete")})
+    monkeypatch.setattr(autoload, "_failed", {})
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    importlib.invalidate_caches()
+    yield autoload._Finder()
+    for name in ("home", "completed"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.filterwarnings("ignore::ImportWarning", "error::RuntimeWarning")
+def test_a_finder_of_old_is_passed_over(hooked, monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [hooked, OfOld(), PathFinder])
+    spec = hooked.find_spec("completed")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "completed", module)
+    spec.loader.exec_module(module)
+    assert (module.loaded, module.done) == ("from a file", True)
+    assert type(module.__loader__) is type(module.__spec__.loader) is SourceFileLoader  # its own again
+
+
+@pytest.mark.parametrize(("neighbour", "outcome"), [(Raising(), TypeError), (Odd(), AttributeError), (Frozen(), None)])
+def test_finders_that_fail_do_so_by_themselves(hooked, monkeypatch, neighbour, outcome):
+    """As they would without us; our side warns, and what could not be completed refuses to run."""
+    refused: list[str] = []
+    monkeypatch.setitem(sys.modules, "mergekit_act.merging", types.SimpleNamespace(refuse_to_run=refused.append))
+    monkeypatch.setattr(sys, "meta_path", [hooked, neighbour, *sys.meta_path])
+    ending = contextlib.nullcontext() if outcome is None else pytest.raises(outcome)
+    with pytest.warns(RuntimeWarning, match="mergekit-act could not complete completed"), ending:
+        importlib.import_module("completed")
+    assert refused[0].startswith("completed could not be completed (")
+
+
+def test_a_loader_of_old_and_a_zip(hooked, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "meta_path", [hooked, LoaderOfOld(), *sys.meta_path])
+    module = importlib.import_module("completed")
+    assert (module.loaded, module.done) == ("of old", True)
+    sys.modules.pop("completed")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("completed.py", "loaded = 'from a zip'")
+        archive.writestr("beside.py", "")
+    monkeypatch.setattr(sys, "meta_path", [hooked, PathFinder])
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "a.zip"), *sys.path])
+    module = importlib.import_module("completed")
+    assert (module.loaded, module.done) == ("from a zip", True)
+    del module.done
+    sys.modules.pop("beside", None)
+    importlib.import_module("beside")  # by the same loader
+    assert not hasattr(module, "done")
+    sys.modules.pop("beside")
+
+
+def test_a_folder_without_a_module_and_no_module_at_all(hooked, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "meta_path", [hooked, PathFinder])
+    (tmp_path / "completed.py").unlink()
+    importlib.invalidate_caches()
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("completed")
+    (tmp_path / "completed").mkdir()
+    importlib.invalidate_caches()
+    assert importlib.import_module("completed").__path__
+
+
+def test_methods_refuse_where_a_part_could_not_be_completed():
+    """Whatever comes first: mergekit's planner is imported, unseen, before the methods are."""
+    code = (
+        "import sys, warnings\nwarnings.simplefilter('ignore')\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'mergekit.plan' and not hasattr(self, 'asked'):\n"
+        "            self.asked = True\n            raise OSError('a share that was gone')\n"
+        "class OfOld:\n    def find_module(self, name, path=None): pass\n"
+        "sys.meta_path[1:1] = [OfOld(), Finder()]\n"
+        "import mergekit.plan, mergekit.merge_methods as m\n"
+        "try: m.get('act').validate_inputs(['a', 'b'], 'a')\nexcept RuntimeError as error: print(error)\n"
+    )
+    done = run(sys.executable, "-c", code)
+    assert "does not fit mergekit-act: mergekit.plan could not be completed (OSError('a share" in done.stdout, done
 
 
 @pytest.fixture(scope="module")

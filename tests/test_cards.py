@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from conftest import make_model, tiny_config
 from huggingface_hub import ModelCard
 from mergekit.scripts.run_yaml import main as mergekit_yaml
+from safetensors.torch import save_file
 from test_hub import run_there
 from test_merging import state_of
 
@@ -570,8 +571,6 @@ def test_a_bad_neighbour_does_not_end_a_run(work, tmp_path, caplog):
         tmp_path / "b.safetensors",
     )
     save_mask(replace(mask, sources=()), tmp_path / "c.safetensors")
-    content = (work / "profiles" / "even.safetensors").read_bytes()
-    (tmp_path / "d.safetensors").write_bytes(content.replace(b'\\"target\\": {', b'\\"targex\\": {'))
     assert write_folder_card(tmp_path)
     before = (tmp_path / "README.md").read_bytes()
     assert write_folder_card(tmp_path)
@@ -580,10 +579,19 @@ def test_a_bad_neighbour_does_not_end_a_run(work, tmp_path, caplog):
     assert "&#60;!-- mergekit-act files: end -->&#124;x y" in text
     assert "| [c.safetensors](c.safetensors) | mask |" in text
     assert not caplog.records
+    content = (work / "profiles" / "even.safetensors").read_bytes()
+    (tmp_path / "d.safetensors").write_bytes(content.replace(b'\\"target\\": {', b'\\"targex\\": {'))
     save_mask(replace(mask, sources=("x",)), tmp_path / "e.safetensors")
+    deep = {"mergekit_act": '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"}
+    save_file({}, tmp_path / "f.safetensors", metadata=deep)
+    save_file({}, tmp_path / "weights.safetensors")
+    os.mkfifo(tmp_path / "pipe.safetensors")
     assert write_folder_card(tmp_path)
-    assert "e.safetensors does not say where it comes from as it should" in caplog.text
-    assert "e.safetensors" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "README.md").read_bytes() == before
+    assert 'd.safetensors is not a valid file of mergekit-act: its metadata lacks "target"' in caplog.text
+    assert 'e.safetensors is not a valid file of mergekit-act: its "sources" are no list of objects' in caplog.text
+    assert "f.safetensors is not a valid file of mergekit-act: its metadata is nested too deep" in caplog.text
+    assert "weights.safetensors" not in caplog.text
 
 
 def test_a_readme_that_began_with_a_byte_order_mark(merged):

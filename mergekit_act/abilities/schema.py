@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mergekit_act.wording import enumerate_some, escape, shorten
+from mergekit_act.yaml_files import read_yaml
 
 __all__ = ["AbilitiesFile", "Ability", "Evaluation", "load_abilities"]
 
@@ -153,23 +155,14 @@ def load_abilities(path: str | Path) -> AbilitiesFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not YAML, has an unknown or missing key, or a wrong value; all are listed.
+        ValueError: it is not plain YAML, has an unknown or missing key, or a wrong value; all are listed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected an abilities file (YAML)")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not an abilities file: expected the keys target, ability_model and abilities")
+    content = read_yaml(path, "abilities file", "the keys target, ability_model and abilities")
     try:
         return AbilitiesFile.model_validate(content)
     except ValidationError as error:
         problems = sorted(_sentence(detail) for detail in error.errors())
-        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{path}: {'; '.join(problems[:10])}{more}") from error
+        raise ValueError(f"{escape(path)}: {enumerate_some(problems, '; ')}") from error
 
 
 def _sentence(detail: Any) -> str:
@@ -180,22 +173,9 @@ def _sentence(detail: Any) -> str:
         model = models.get(len(parents), Ability)
         close = difflib.get_close_matches(str(key), model.model_fields, n=1)
         hint = f'did you mean "{close[0]}"?' if close else f"expected {', '.join(model.model_fields)}"
-        return f'unknown key "{where}" ({hint})'
+        return escape(f'unknown key "{shorten(where, 60)}" ({hint})')
     if detail["type"] == "missing":
         return f'key "{where}" is missing'
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" + ("" if detail["type"] == "value_error" else f"; got {detail['input']!r}")
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping (YAML would keep the last without a word)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f'key "{key}" stands twice in one mapping (line {line})')
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    got = "" if detail["type"] == "value_error" else f"; got {shorten(repr(detail['input']), 60)}"
+    return escape(f"{shorten(where, 60)}: {message}{got}")

@@ -11,12 +11,13 @@ from typing import Any
 
 import yaml
 
-from mergekit_act.artifacts import ArtifactError, load_metadata
+from mergekit_act.artifacts import ArtifactError, ForeignFileError, load_metadata
 from mergekit_act.cards.markdown import (
     PAPER,
     Readme,
     add_values,
     block_of,
+    fence,
     is_hub_dataset,
     link_dataset,
     link_file,
@@ -79,22 +80,17 @@ def write_folder_card(folder: Path) -> Path | None:
 
 
 def _read(path: Path) -> _File | None:
-    """What a file says of itself; None if it is not ours."""
+    """What a file says of itself; None if it is not ours, or not as it should be."""
     try:
         metadata = load_metadata(path)
-    except (ArtifactError, OSError):
+    except ForeignFileError:
+        return None
+    except (ArtifactError, OSError) as error:
+        LOG.warning("%s It is not in README.md.", error)
         return None
     is_mask = metadata["kind"] == "mask"
-    sources = metadata.get("sources") if is_mask else [metadata]
-    keys = ("data", "target", "ability_model")
-    if not isinstance(sources, list) or not all(
-        isinstance(source, dict) and all(isinstance(source.get(key) or {}, dict) for key in keys) for source in sources
-    ):
-        LOG.warning("%s does not say where it comes from as it should; it is not in README.md", path)
-        return None
-    counts = metadata.get("counts")
-    channels = counts.get("channels") if isinstance(counts, dict) else None
-    return _File(path.name, file_hash(path), is_mask, sources, channels if isinstance(channels, int) else None)
+    sources = metadata.get("sources", []) if is_mask else [metadata]
+    return _File(path.name, file_hash(path), is_mask, sources, metadata.get("counts", {}).get("channels"))
 
 
 def _extended(metadata: dict[str, Any], sources: Sequence[Source]) -> dict[str, Any]:
@@ -131,7 +127,7 @@ def _block(files: Sequence[_File], sources: Sequence[Source]) -> list[str]:
         "ability model and of a target differ on an ability's answers.",
         table([*header, "channels"], rows, left=6),
         "In a merge config of [mergekit](https://github.com/arcee-ai/mergekit), with mergekit-act installed:",
-        f"```yaml\n{_example(files)}```",
+        fence("yaml", _example(files)),
         table(["file", "SHA-256"], [[plain(file.name), f"`{file.sha256}`"] for file in files], left=2),
     ]
 

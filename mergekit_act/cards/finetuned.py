@@ -24,6 +24,7 @@ from mergekit_act.cards.markdown import (
     table,
 )
 from mergekit_act.checkpoints import Checkpoint
+from mergekit_act.files import write_atomically
 
 if TYPE_CHECKING:
     from mergekit_act.finetuning.recipe import Recipe
@@ -73,7 +74,7 @@ def write_finetuned_card(
         f"settings are in `{settings}`, the loss in `loss.csv`.\n\nMade with {made_with}.\n"
     )
     card = Readme("", "").changed(metadata, text + _transferred(checkpoint.folder / "README.md"), path)
-    path.write_text(card, encoding="utf-8")
+    write_atomically(path, card.encode(), overwrite=True)
 
 
 def _transferred(card: Path) -> str:

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import CardData
 
 from mergekit_act.files import write_atomically
+from mergekit_act.wording import escape
 
 __all__ = [
     "HUB_ID",
@@ -25,6 +26,7 @@ __all__ = [
     "add_values",
     "block_of",
     "code",
+    "fence",
     "is_hub_dataset",
     "link_dataset",
     "link_file",
@@ -109,7 +111,7 @@ def parse_readme(content: str, where: object) -> Readme:
     front, text = ((match.group(1) or ""), content[match.end() :]) if match else ("", content)
     try:
         metadata = yaml.safe_load(front) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{where} has metadata that cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(metadata, dict) or not all(isinstance(key, str) for key in metadata):
         raise ValueError(f"{where} has metadata that cannot be read: expected a mapping with names for keys")
@@ -228,13 +230,19 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1
 
 def plain(text: object) -> str:
     """A name from a file, as text in Markdown: on one line, without markup."""
-    return re.sub(r"[|<`\\*\[\]]", lambda match: f"&#{ord(match.group())};", " ".join(str(text).split()))
+    return re.sub(r"[|<`\\*\[\]]", lambda match: f"&#{ord(match.group())};", escape(" ".join(str(text).split())))
 
 
 def code(text: object) -> str:
     """A name from a file, as code in Markdown."""
-    shown = " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
+    shown = escape(" ".join(str(text).split())).replace("`", "'").replace("|", "\\|")
     return f"`{shown}`"
+
+
+def fence(language: str, content: str) -> str:
+    """A block of code, in a fence that nothing in it closes."""
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", content)), default=0))
+    return f"{ticks}{language}\n{content.rstrip()}\n{ticks}"
 
 
 def link_file(name: str) -> str:
@@ -248,7 +256,9 @@ def link_model(model: Mapping[str, Any]) -> str:
     revision = model.get("revision")
     if revision is None or not HUB_ID.fullmatch(base):
         return code(model.get("model"))
-    return f"[{plain(base)}](https://huggingface.co/{base}/tree/{revision})" + (f" + {code(lora)}" if lora else "")
+    return f"[{plain(base)}](https://huggingface.co/{base}/tree/{quote(str(revision))})" + (
+        f" + {code(lora)}" if lora else ""
+    )
 
 
 def on_hub(model: Mapping[str, Any]) -> list[str]:

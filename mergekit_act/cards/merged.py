@@ -35,6 +35,7 @@ from mergekit_act.files import write_atomically
 from mergekit_act.merging import is_ours
 from mergekit_act.report.canvas import can_draw, save_figure
 from mergekit_act.report.groups import Groups
+from mergekit_act.yaml_files import read_yaml
 
 __all__ = ["WrittenCard", "write_merge_card"]
 
@@ -82,7 +83,7 @@ def write_merge_card(
     """
     if not (merged / _CONFIG).is_file():
         raise FileNotFoundError(f"{merged} has no {_CONFIG}; name the folder that mergekit-yaml wrote")
-    config = _read_config(merged / _CONFIG)
+    config = read_yaml(merged / _CONFIG, "merge config")
     if not is_ours(str(config.get("merge_method"))):
         raise ValueError(f"{merged} is a merge by {config.get('merge_method')}; card tells of merges by act and act_*")
     summary = check_config(merged / _CONFIG, options)
@@ -112,16 +113,6 @@ def write_merge_card(
     if not can_draw():
         remarks.append('for a picture: pip install "mergekit-act[plots]", and the same command again')
     return WrittenCard((path, *(merged / name for name in files)), tuple(remarks))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no merge config: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no merge config; expected what mergekit-yaml wrote")
-    return config
 
 
 def _files(config: Any, masks: Sequence[MaskFile], recipe: Recipe) -> dict[str, bytes]:

@@ -15,8 +15,22 @@ from mergekit_act import __version__
 from mergekit_act.abilities.schema import AbilitiesFile, Ability
 from mergekit_act.artifacts import Mask
 from mergekit_act.cards.masks import MaskFile, Source
+from mergekit_act.wording import escape
 
-__all__ = ["Recipe", "requirements"]
+__all__ = ["Recipe", "requirements", "shell_line"]
+
+
+def shell_line(words: Sequence[str]) -> str:
+    r"""A command on one line, for bash and zsh; control characters are written out.
+
+    >>> print(shell_line(["echo", "two words", "two\nlines"]))
+    echo 'two words' $'two\nlines'
+    """
+    return " ".join(shlex.quote(word) if word == escape(word) else _written_out(word) for word in words)
+
+
+def _written_out(word: str) -> str:
+    return "$'" + escape(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
 
 
 def requirements() -> list[str]:
@@ -94,7 +108,7 @@ class Recipe:
                 lines.append(["cp", self._profile(mask.described()), path])
             elif mask.sources:
                 lines.append(self._mask_command(path, mask))
-        return "\n".join(" ".join(line) if line[0] == "#" else shlex.join(line) for line in lines)
+        return "\n".join(escape(" ".join(line)) if line[0] == "#" else shell_line(line) for line in lines)
 
     def _serves(self, other: _Run, run: _Run) -> bool:
         """Whether another run's abilities file is of the same two models."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_act.cards.markdown import is_hub_dataset, link_dataset, plain, table
+from mergekit_act.cards.markdown import code, is_hub_dataset, link_dataset, plain, table
 
 __all__ = ["Results", "read_results"]
 
@@ -33,7 +33,7 @@ class Results:
         models = list(dict.fromkeys(result["model"] for result in self._results))
         abilities = list(dict.fromkeys(result["ability"] for result in self._results))
         by_key = {(result["model"], result["ability"]): result for result in self._results}
-        titles = ["this model" if model == self._name else f"`{plain(_short(model))}`" for model in models]
+        titles = ["this model" if model == self._name else code(_short(model)) for model in models]
         parts = ["## Evaluation", ""]
         for measure, title in _MEASURES.items():
             if not any(result.get(measure) for result in self._results):
@@ -44,13 +44,19 @@ class Results:
                 first = next(result for result in self._results if result["ability"] == ability)
                 data = link_dataset(self._abilities[ability])
                 rows.append(
-                    [ability, first["role"], data, f"{first['samples']:,}", *(_shown(measured) for measured in found)]
+                    [
+                        plain(ability),
+                        plain(first["role"]),
+                        data,
+                        f"{first['samples']:,}",
+                        *(_shown(measured) for measured in found),
+                    ]
                 )
             parts += [f"{title[0].upper()}{title[1:]}, with 95 % bootstrap intervals:", ""]
             parts += [table(["ability", "role", "data set", "held-out samples", *titles], rows, left=3), ""]
-        made = ", ".join(f"{name} {version}" for name, version in sorted(self._versions.items()))
+        made = ", ".join(plain(f"{name} {version}") for name, version in sorted(self._versions.items()))
         command = f"mergekit-act evaluate {' '.join(map(_short, models))} --abilities …"
-        measured = f"`{command}`, dtype {self._settings.get('dtype')}"
+        measured = f"{code(command)}, dtype {plain(self._settings.get('dtype'))}"
         return "\n".join([*parts, f"Measured by {measured} ({made})."])
 
     def add_to(self, index: Any, model_name: str) -> list[dict[str, Any]]:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_act.cards.markdown import HUB_ID, PAPER, TITLE, code, link_dataset, link_file, link_model, plain, table
+from mergekit_act.cards.markdown import (
+    HUB_ID,
+    PAPER,
+    TITLE,
+    code,
+    fence,
+    link_dataset,
+    link_file,
+    link_model,
+    plain,
+    table,
+)
 from mergekit_act.cards.masks import MaskFile, Source
-from mergekit_act.cards.recipe import Recipe, requirements
+from mergekit_act.cards.recipe import Recipe, requirements, shell_line
 from mergekit_act.checking.summary import CheckSummary
 from mergekit_act.report.listings import describe_selection
 from mergekit_act.report.tables import percent
@@ -45,7 +55,7 @@ def describe_transfer(
     if picture is not None:
         parts.append(f"![Share of each module's channels that was moved, by module kind and layer]({picture})")
     kinds = [
-        [f"`{kind.kind}`", f"{kind.tensors:,}", f"{kind.parameters:,}", percent(kind.moved, kind.parameters)]
+        [code(kind.kind), f"{kind.tensors:,}", f"{kind.parameters:,}", percent(kind.moved, kind.parameters)]
         for kind in summary.kinds
     ]
     parts.append(table(["tensors", "number", "parameters", "moved"], kinds))
@@ -96,21 +106,20 @@ def _again(
     hashes = {mask.copy: mask.sha256 for mask in masks}
     yield table(["mask", "SHA-256"], [[link_file(name), f"`{digest}`"] for name, digest in hashes.items()], left=2)
     written = re.search(r"^pip install .*$", before, re.MULTILINE)
-    install = written.group() if written else shlex.join(["pip", "install", *requirements()])
+    install = written.group() if written else shell_line(["pip", "install", *requirements()])
     files = ", ".join(map(link_file, ("act.yml", *recipe.files)))
     models = [name for name in (summary.target, *summary.ability_models) if not _is_hub_id(name)]
     named = ", ".join(dict.fromkeys(map(_local_name, [*models, *recipe.local])))
     needed = f", and the local {named} where these name it" if named else ""
-    yield (
-        f"In a folder of its own with {files} from here{needed} (versions of the machine that wrote this card):\n\n"
-        f"```sh\n{install}\n```"
-    )
+    yield f"In a folder of its own with {files} from here{needed} (versions of the machine that wrote this card):"
+    yield fence("sh", install)
     flags = _flags(options, "trust_remote_code", *(("lora_merge_cache",) if "+" in named else ()))
     made = recipe.commands(*flags)
     if made:
-        yield f"The masks, from data; or take the folder `masks` from here:\n\n```sh\n{made}\n```"
-    merge = shlex.join(["mergekit-yaml", "act.yml", "./again", *_flags(options, *_OPTIONS)])
-    yield f"The merge:\n\n```sh\n{merge}\n```"
+        yield "The masks, from data; or take the folder `masks` from here:"
+        yield fence("sh", made)
+    yield "The merge:"
+    yield fence("sh", shell_line(["mergekit-yaml", "act.yml", "./again", *_flags(options, *_OPTIONS)]))
 
 
 # Options of mergekit-yaml without which the merge fails or gives other weights.

@@ -10,6 +10,7 @@ import click
 from pydantic import ValidationError
 
 from mergekit_act.checking.configs import value_problems
+from mergekit_act.wording import enumerate_some, shorten
 
 __all__ = ["run_mergekit_yaml"]
 
@@ -33,7 +34,7 @@ def run_mergekit_yaml(arguments: Sequence[str]) -> None:
         except click.ClickException:
             raise
         except ValidationError as error:
-            raise click.ClickException("; ".join(value_problems(error))) from error
+            raise click.ClickException(enumerate_some(value_problems(error), "; ")) from error
         except Exception as error:  # mergekit lets through what files, safetensors, pydantic and torch raise
             if verbose:
                 raise
@@ -71,4 +72,4 @@ def _logged_failures() -> Iterator[list[str]]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    return shorten(" ".join(str(error).split()), 500) or type(error).__name__

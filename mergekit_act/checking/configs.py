@@ -11,11 +11,14 @@ from typing import Any
 
 import click
 from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ValidationError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mergekit_act.checkpoints import Checkpoint, read_config, read_headers
 from mergekit_act.merging import find_mask_files, load_mask_files
+from mergekit_act.wording import enumerate_some, escape, shorten
+from mergekit_act.yaml_files import read_yaml
 
 __all__ = [
     "MergeConfigError",
@@ -25,6 +28,7 @@ __all__ = [
     "model_problems",
     "path_remarks",
     "plain",
+    "read_merge_config",
     "setting_problems",
     "value_problems",
 ]
@@ -38,12 +42,31 @@ class MergeConfigError(click.ClickException, ValueError):
     """A merge that would fail or do something else than it says; mergekit's commands print it and exit with 1."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = shown = sorted(set(problems))
+        self.problems = shown = sorted({escape(problem) for problem in problems})
         if len(shown) == 1:
-            super().__init__(shown[0])
+            super().__init__(shorten(shown[0]))
         else:
-            more = [f"… and {len(shown) - 10} more"] if len(shown) > 10 else []
-            super().__init__("\n  - ".join([f"{len(shown)} problems:", *shown[:10], *more]))
+            super().__init__(f"{len(shown)} problems:\n  - " + enumerate_some(shown, "\n  - "))
+
+
+def read_merge_config(path: str | Path) -> tuple[dict[str, Any], MergeConfiguration]:
+    """Read a config for ``mergekit-yaml``.
+
+    Returns:
+        What is written, and what mergekit makes of it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no merge config.
+        SeveralDocumentsError: it holds several, as for ``mergekit-multi``.
+    """
+    written = read_yaml(path, "merge config")
+    try:
+        return written, MergeConfiguration.model_validate(written)
+    except ValidationError as error:
+        raise ValueError(f"{path} is no merge config: {enumerate_some(value_problems(error), '; ')}") from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is no merge config: {shorten(' '.join(str(error).split()), 1500)}") from error
 
 
 def plain(config: Any) -> Any:
@@ -80,7 +103,7 @@ def value_problems(error: ValidationError) -> list[str]:
     found: dict[str, str] = {}
     for detail in error.errors():
         loc = [str(part) for part in detail["loc"]]
-        got = f"got {_shown(detail['input'])}"
+        got = f"got {shorten(repr(detail['input']), 80)}"
         if "parameters" in loc[:-1]:
             place = loc.index("parameters") + 2
             where = ".".join(loc[:place])
@@ -94,13 +117,7 @@ def value_problems(error: ValidationError) -> list[str]:
             where = ".".join(loc)
             missing = detail["type"] == "missing"
             found.setdefault(where, f"{where} is missing" if missing else f"{where}: {detail['msg']}, {got}")
-    problems = [problem[:300] for problem in found.values()]
-    return problems[:10] + ([f"… and {len(problems) - 10} more"] if len(problems) > 10 else [])
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    return list(found.values())
 
 
 def model_problems(models: Iterable[ModelReference], options: Any) -> list[str]:

@@ -9,21 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
-import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.registry import get, registered_methods
 from mergekit.options import MergeOptions, add_merge_options
 from mergekit.sparsify import SparsificationMethod
-from pydantic import ValidationError
 
 from mergekit_act.channels import kind_pattern
-from mergekit_act.checking.configs import path_remarks, value_problems
+from mergekit_act.checking.configs import path_remarks, read_merge_config
 from mergekit_act.checking.costs import bytes_read, bytes_written, peak_memory, shape_of, union_of
 from mergekit_act.checking.headers import only_headers
 from mergekit_act.checking.planning import check_before_planning, plan_merge
 from mergekit_act.checking.plans import PlanCheck, PlannedTensor
 from mergekit_act.merging import channels_along, is_ours
+from mergekit_act.yaml_files import SeveralDocumentsError
 
 __all__ = [
     "CheckSummary",
@@ -136,14 +135,9 @@ def check_config(path: str | Path, options: MergeOptions) -> CheckSummary:
         ValueError: the file is no merge config with one of our methods.
     """
     try:
-        written = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        config = MergeConfiguration.model_validate(written)
-    except yaml.composer.ComposerError as error:
+        written, config = read_merge_config(path)
+    except SeveralDocumentsError as error:
         raise ValueError(f"{path} holds several configs, as for mergekit-multi; check takes one") from error
-    except ValidationError as error:
-        raise ValueError(f"{path} is no merge config: {'; '.join(value_problems(error))}") from error
-    except (yaml.YAMLError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no merge config: {' '.join(str(error).split())}") from error
     if not is_ours(config.merge_method):
         ours = sorted(method.spec.name for method in registered_methods() if is_ours(method.spec.name))
         close = difflib.get_close_matches(config.merge_method, ours, n=1)

@@ -5,11 +5,14 @@ Text stays text in SVG files, and colours are few, so that a page can give them 
 
 from __future__ import annotations
 
+import io
 import re
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from mergekit_act.files import write_atomically
 
 __all__ = [
     "COLOURS",
@@ -75,13 +78,20 @@ def new_canvas(
 
 
 def save_figure(figure: Any, stem: Path) -> list[Path]:
-    """Write a figure as STEM.svg and STEM.png; equal figures give equal bytes."""
+    """Write a figure as STEM.svg and STEM.png, each whole or not at all; equal figures give equal bytes.
+
+    Raises:
+        OSError: a file can't be written; the message names it.
+    """
     from matplotlib import rc_context
 
     paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".svg", ".png")]
+    svg, png = io.BytesIO(), io.BytesIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mergekit-act"}):
-        figure.savefig(paths[0], metadata={"Date": None, "Creator": None})
-        figure.savefig(paths[1], dpi=150, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(png, format="png", dpi=150, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+    for path, drawn in zip(paths, (svg, png), strict=True):
+        write_atomically(path, drawn.getvalue(), overwrite=True)
     return paths
 
 

@@ -19,6 +19,7 @@ from mergekit_act.channels import Layout
 from mergekit_act.report.groups import Groups
 from mergekit_act.report.parts import file_name
 from mergekit_act.selection import excluded_modules, rank_channels, validate_density
+from mergekit_act.wording import escape
 
 __all__ = ["DENSITIES", "Comparison", "Pair", "Scored", "common_counts", "load_comparison"]
 
@@ -235,7 +236,7 @@ def _pair_labels(profiles: Sequence[Profile]) -> list[str]:
     found: list[str] = []
     for profile in profiles:
         source, target = (str(m.get("model")).rpartition("/")[2] for m in (profile.ability_model, profile.target))
-        found.append(f"{source} → {target}")
+        found.append(escape(f"{source} → {target}"))
     return _unique(found)
 
 
@@ -243,7 +244,10 @@ def _labels(files: Sequence[tuple[Path, Profile]]) -> list[str]:
     """The ability's name; with its file where several have it."""
     names = [profile.ability for _, profile in files]
     return _unique(
-        [name if names.count(name) == 1 else f"{name} ({path})" for name, (path, _) in zip(names, files, strict=True)]
+        [
+            escape(name if names.count(name) == 1 else f"{name} ({path})")
+            for name, (path, _) in zip(names, files, strict=True)
+        ]
     )
 
 

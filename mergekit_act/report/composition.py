@@ -118,7 +118,8 @@ def _composition_table(comparison: Comparison, counts: Mapping[str, int], name: 
         channels, of_kind = sum(own.values()), layout.channel_count(modules)
         owned = layout.parameters_owned(own)
         shares = (percent(channels, selected), percent(channels, of_kind))
-        rows.append([kind, f"{channels:,}", *shares, f"{owned:,}", percent(owned, everything)])
+        if channels:
+            rows.append([kind, f"{channels:,}", *shares, f"{owned:,}", percent(owned, everything)])
         csv_rows.append([kind, channels, channels / selected, channels / of_kind, owned, owned / everything])
     rows.append(
         [
@@ -132,9 +133,12 @@ def _composition_table(comparison: Comparison, counts: Mapping[str, int], name: 
     )
     csv_rows.append(["total", selected, 1.0, selected / comparison.taking_part, parameters, parameters / everything])
     tied = " Cells of the tied matrix count once in the total." if layout.tied else ""
+    left_out = [row[0] for row in csv_rows if not row[1]]
+    rest = f" Nothing of {', '.join(map(str, left_out))}." if left_out else ""
     return Table(
         f"composition{suffix}",
-        f"{name}: channels and the parameters they own, by module kind. Parameters in percent of the model's.{tied}",
+        f"{name}: channels and the parameters they own, by module kind. Parameters in percent of the model's."
+        f"{tied}{rest}",
         ["module kind", "channels", "of the mask", "of the kind", "parameters", "of the model"],
         rows,
         ["kind", "channels", "of_mask", "of_kind", "parameters", "of_model"],

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_act.artifacts import Mask, load_artifact
-from mergekit_act.channels import Layout
 from mergekit_act.report.comparison import Comparison, load_comparison
 from mergekit_act.report.groups import Groups, total
 from mergekit_act.report.listings import describe_selection, head_warning
 from mergekit_act.report.tables import percent, shown_density
+from mergekit_act.wording import escape
 
 __all__ = ["list_essentials"]
 
@@ -33,8 +33,10 @@ def list_essentials(path: Path, *, density: float = 0.01, exclude: Sequence[str]
     """
     artifact = load_artifact(path)
     if isinstance(artifact, Mask):
-        return "\n".join(_mask_lines(path, artifact))
-    return "\n".join(_profile_lines(load_comparison([path], density, exclude=exclude)))
+        lines = _mask_lines(path, artifact)
+    else:
+        lines = _profile_lines(load_comparison([path], density, exclude=exclude))
+    return "\n".join(map(escape, lines))
 
 
 def _mask_lines(path: Path, mask: Mask) -> list[str]:
@@ -56,7 +58,8 @@ def _mask_lines(path: Path, mask: Mask) -> list[str]:
     taking_part = counts.get("channels_taking_part", everything)
     if taking_part != everything:
         lines.append(f"  {percent(channels, taking_part)} of the {taking_part:,} channels that were not excluded")
-    return lines + _places(layout, Groups(layout.modules), selected, "the mask")
+    remedy = "mergekit-act mask with --exclude {head} makes one without them."
+    return lines + _places(Groups(layout.modules), selected, head_warning(layout, "the mask", selected, remedy))
 
 
 def _profile_lines(comparison: Comparison) -> list[str]:
@@ -82,21 +85,25 @@ def _profile_lines(comparison: Comparison) -> list[str]:
     lines.append(
         f"  {top}: {k:,} of {n:,} channels{excluded}, {percent(parameters, layout.parameter_count())} of the parameters"
     )
-    return lines + _places(layout, comparison.groups, selected, top)
+    remedy = "--exclude {head} leaves them out, here and in mergekit-act mask."
+    return lines + _places(comparison.groups, selected, head_warning(layout, top, selected, remedy))
 
 
-def _places(layout: Layout, groups: Groups, selected: Mapping[str, int], name: str) -> list[str]:
+def _places(groups: Groups, selected: Mapping[str, int], warning: str) -> list[str]:
     """Where most of the selected channels sit."""
     everything = sum(selected.values())
     lines = []
     for what, named in (("module kinds", groups.kinds), ("layers", groups.layers)):
         counts = {group: total(selected, modules) for group, modules in named.items()}
         first = sorted(counts, key=lambda group: -counts[group])[:_SHOWN]
-        shown = ", ".join(f"{group} ({100 * counts[group] / everything:.0f} %)" for group in first if counts[group])
+        shown = ", ".join(f"{group} ({_percent(counts[group] / everything)})" for group in first if counts[group])
         rest = len([group for group in counts if counts[group] and group not in first])
         lines.append(f"  {what}: {shown or 'none'}" + (f", {rest} more" if rest else ""))
-    warning = head_warning(layout, name, selected)
     return [*lines, *([f"  warning: {warning}"] if warning else [])]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.005 else "<1 %"
 
 
 def _pair(ability_model: Any, target: Any) -> str:

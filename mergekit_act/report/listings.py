@@ -48,17 +48,22 @@ def list_mask(mask: Mask) -> str:
     """What a mask selects, by module kind, and its share of channels and parameters."""
     layout, counts = mask.layout, mask.counts
     selected_total = counts["channels"]
-    rows = []
+    rows, without = [], []
     for kind, modules in _by_kind(layout).items():
         chosen = [module for module in modules if module in mask.channels]
         selected = sum(int(mask.channels[module].sum()) for module in chosen)
+        if not selected:
+            without.append(kind)
+            continue
         row = [kind, f"{len(chosen):,}", f"{selected:,}", percent(selected, selected_total)]
         if layout.shapes is not None:
             owned = selected_parameters(mask.channels, layout, chosen)
             row += [percent(selected, layout.channel_count(modules)), f"{owned:,}"]
         rows.append(row)
     header = ["module kind", "modules", "selected", "of selected"]
-    lines = [table(header + (["of its kind", "parameters"] if layout.shapes is not None else []), rows), ""]
+    lines = [table(header + (["of its kind", "parameters"] if layout.shapes is not None else []), rows)]
+    lines += [f"nothing of {', '.join(without)}"] if without else []
+    lines.append("")
     channels = f"{selected_total:,} of {counts['channels_total']:,} channels"
     lines.append(f"{channels} ({percent(selected_total, counts['channels_total'])})")
     if counts["channels_taking_part"] != counts["channels_total"]:
@@ -68,8 +73,7 @@ def list_mask(mask: Mask) -> str:
         parameters, everything = counts["parameters"], counts["parameters_total"]
         lines.append(f"{parameters:,} of {everything:,} parameters ({percent(parameters, everything)})")
         lines.append(_without_channels(layout))
-    warning = head_warning(layout, "mask", {module: int(chosen.sum()) for module, chosen in mask.channels.items()})
-    return "\n".join([*lines, *([f"warning: {warning}"] if warning else [])])
+    return "\n".join(lines)
 
 
 def head_module(layout: Layout) -> str | None:
@@ -82,13 +86,16 @@ def head_module(layout: Layout) -> str | None:
     return outside[0] if len(outside) == 1 else None
 
 
-def head_warning(layout: Layout, name: str, counts: Mapping[str, int]) -> str:
-    """What to think of a selection that sits in the LM head; empty if it does not.
+def head_warning(
+    layout: Layout, name: str, counts: Mapping[str, int], remedy: str = "--exclude {head} leaves them out."
+) -> str:
+    """What to think of a selection that sits in the LM head, and what to do; empty if it does not.
 
     Args:
         layout: of the model.
         name: of the selection.
         counts: module -> how many of its channels are selected.
+        remedy: a sentence, in which "{head}" stands for the head's name.
     """
     head = head_module(layout)
     selected = sum(counts.values())
@@ -96,7 +103,7 @@ def head_warning(layout: Layout, name: str, counts: Mapping[str, int]) -> str:
         return ""
     return (
         f"{name}: {percent(counts[head], selected)} of the selected channels are rows of the LM head ({head}), which "
-        f"crowd out the decoder layers. --exclude {head} leaves them out."
+        f"crowd out the decoder layers. {remedy.replace('{head}', head)}"
     )
 
 

@@ -19,6 +19,7 @@ from mergekit_act.report.comparison import Comparison, load_comparison
 from mergekit_act.report.parts import Picture, Section
 from mergekit_act.report.sections import make_sections
 from mergekit_act.report.tables import as_csv, percent, shown_density
+from mergekit_act.wording import escape
 
 __all__ = ["write_report"]
 
@@ -138,4 +139,4 @@ def _facts(comparison: Comparison) -> list[str]:
 
 def _model(model: Mapping[str, Any]) -> str:
     revision = model.get("revision")
-    return f"{model.get('model')}" + (f" at revision {revision}" if revision else "")
+    return escape(f"{model.get('model')}" + (f" at revision {revision}" if revision else ""))

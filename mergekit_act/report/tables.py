@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from mergekit_act.wording import escape
+
 __all__ = ["Cell", "Row", "Table", "as_csv", "percent", "shown_density", "size", "table"]
 
 
@@ -45,17 +47,23 @@ class Table:
 
 
 def as_csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows as csv; None is an empty cell."""
+    """Rows as csv; None is an empty cell, and names stay on one line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(["" if cell is None else cell for cell in row] for row in rows)
+    writer.writerows([escape(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
     return text.getvalue()
 
 
 def percent(part: float, whole: float) -> str:
-    """A share, with two digits behind the point."""
-    return f"{100 * part / whole:.2f} %" if whole else "none"
+    """A share, with two digits behind the point; one that is not 0 does not look like it.
+
+    >>> percent(1, 3), percent(1, 100_000)
+    ('33.33 %', '<0.01 %')
+    """
+    if not whole:
+        return "none"
+    return "<0.01 %" if 0 < part / whole < 0.00005 else f"{100 * part / whole:.2f} %"
 
 
 def shown_density(density: float) -> str:
@@ -80,6 +88,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     x    10
     yyy   2
     """
+    header, rows = [escape(cell) for cell in header], [[escape(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     lines = []
     for first, *others in (header, *rows):

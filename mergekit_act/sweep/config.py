@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
-from pydantic import ValidationError
 
 from mergekit_act.artifacts import Mask, load_artifact
 from mergekit_act.channels import Layout
+from mergekit_act.checking.configs import read_merge_config
 from mergekit_act.files import file_hash
 from mergekit_act.merging import find_mask_files
 from mergekit_act.sweep.grid import Point
@@ -66,16 +64,7 @@ def read_swept_config(path: Path) -> SweptConfig:
         FileNotFoundError: there is no such file, or a profile does not exist.
         ValueError: it is no config of the method ``act`` with plain models and profiles; what is wrong is told.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a merge config (YAML)")
-    try:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
-        config = MergeConfiguration.model_validate(written)
-    except ValidationError as error:
-        shown = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
-        raise ValueError(f"{path} is no merge config: {shown}") from error
-    except (yaml.YAMLError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no merge config: {' '.join(str(error).split())}") from error
+    written, config = read_merge_config(path)
     if config.merge_method != "act":
         raise ValueError(f'{path} uses merge_method "{config.merge_method}"; a sweep varies the settings of act')
     if config.base_model is None or not config.models:

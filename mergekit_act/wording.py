@@ -1,0 +1,53 @@
+"""How text from files and people is shown: never a control character, never more than a screen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+__all__ = ["LONGEST", "enumerate_some", "escape", "shorten"]
+
+LONGEST = 2000  # characters of a message
+
+# C0 and C1, DEL, line and paragraph separators, marks that turn the direction of text, and halves of characters.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def escape(text: object, *, keep: str = "") -> str:
+    r"""Text on one line, whose control characters are written as Python writes them.
+
+    Args:
+        text: from a file or a person.
+        keep: control characters that stay, such as the end of a line.
+
+    >>> print(escape("a\x1b[2J\nb"))
+    a\x1b[2J\nb
+    """
+    return _CONTROL.sub(lambda match: match.group() if match.group() in keep else _written(match.group()), str(text))
+
+
+def _written(character: str) -> str:
+    """As Python writes it; what JSON leaves as it is, so that JSON reads it."""
+    code = ord(character)
+    return character.encode("unicode_escape").decode("ascii") if code < 0x20 else f"\\u{code:04x}"
+
+
+def shorten(text: object, length: int = LONGEST) -> str:
+    """Text of at most ``length`` characters: of longer ones the beginning and the end, where the remedy stands."""
+    whole = str(text)
+    if len(whole) <= length:
+        return whole
+    gap = f" … {len(whole) - length:,} characters more … "
+    end = length // 4
+    return whole[: length - end - len(gap)] + gap + whole[len(whole) - end :]
+
+
+def enumerate_some(items: Iterable[object], separator: str = ", ", *, most: int = 10) -> str:
+    """The first items of a list, together of at most about 1,500 characters, and how many more there are.
+
+    >>> enumerate_some("abcd", most=2)
+    'a, b, and 2 more'
+    """
+    found = list(items)
+    shown = [shorten(item, 1500 // min(most, len(found))) for item in found[:most]]
+    return separator.join([*shown, *([f"and {len(found) - most} more"] if len(found) > most else [])])
