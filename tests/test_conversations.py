@@ -317,6 +317,10 @@ def test_empty_thinking_is_told_with_its_remedy(collect, caplog):
     caplog.clear()
     collect([row], QWEN3.replace("enable_thinking", "thinking"))
     assert "a template without it can be given" in warnings(caplog)
+    caplog.clear()
+    _, (answer,), _ = collect([chat(ASK, {"role": "assistant", "content": "<think>\n\n</think>\n\nThree."})], QWEN3)
+    assert answer == "<think>\n\n</think>\n\nThree.<|im_end|>"  # as it is written
+    assert not warnings(caplog)
     with_reasoning = chat(ASK, ANSWER | {"reasoning_content": "Oslo is cold."})
     message = refusal(collect, [with_reasoning], QWEN3, template_kwargs={"enable_thinking": False})
     assert 'set "template_kwargs: {enable_thinking: …}" otherwise' in message
