@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["check_free", "check_writable", "file_hash", "remove_leftovers", "write_atomically"]
+__all__ = ["check_free", "check_writable", "file_hash", "file_state", "remove_leftovers", "write_atomically"]
 
 
 def file_hash(path: str | Path) -> str:
@@ -18,8 +18,18 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_state(path: str | Path) -> tuple[int, ...]:
+    """What differs when a file has been written again, even at once, in the same size, or with its old date."""
+    found = os.stat(path)
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+
+
 def check_free(paths: Iterable[str | Path], *, overwrite: bool) -> None:
-    """Raise FileExistsError if an output file exists, before any work is done for it."""
+    """Raise FileExistsError if an output file exists, before any work is done for it; a folder can't be replaced."""
+    paths = list(paths)
+    folders = [str(path) for path in paths if Path(path).is_dir()]
+    if folders:
+        raise IsADirectoryError(f"{', '.join(folders)}: a folder, which no file can replace; choose another name")
     taken = [str(path) for path in paths if Path(path).exists()]
     if taken and not overwrite:
         verb = "exists" if len(taken) == 1 else "exist"

@@ -12,7 +12,6 @@ from typing import Any
 
 import datasets
 import torch
-from mergekit.common import ModelReference
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -20,6 +19,8 @@ from transformers import AutoTokenizer
 from mergekit_act.abilities.rendering import Rendering, render_chat, render_plain
 from mergekit_act.abilities.rows import fill_template, load_rows, select_rows
 from mergekit_act.abilities.schema import AbilitiesFile, Ability
+from mergekit_act.adapters import adapter_problem
+from mergekit_act.checkpoints import parse_reference
 
 __all__ = ["AbilitySamples", "Sample", "Tokenizers", "collect_samples"]
 
@@ -132,13 +133,16 @@ def collect_samples(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> A
 
 
 def _load_tokenizer(reference: str, trust_remote_code: bool) -> Any:
-    model = ModelReference.parse(reference).model
+    model = parse_reference(reference).model
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers raises errors of many kinds for missing or foreign files
         reason = " ".join(str(error).split())[:200]
+        adapter = adapter_problem(model.path)
+        if adapter is not None:
+            raise ValueError(adapter) from error
         raise ValueError(f"{reference} has no tokenizer that Transformers can load: {reason}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{reference} has a slow tokenizer; expected a fast one (tokenizer.json), it knows offsets")

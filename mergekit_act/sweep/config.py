@@ -16,6 +16,7 @@ from mergekit_act.artifacts import Mask, load_artifact
 from mergekit_act.channels import Layout
 from mergekit_act.files import file_hash
 from mergekit_act.merging import find_mask_files
+from mergekit_act.merging.hub import look_again
 from mergekit_act.sweep.grid import Point
 
 __all__ = ["SweptConfig", "read_swept_config"]
@@ -68,6 +69,7 @@ def read_swept_config(path: Path) -> SweptConfig:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a merge config (YAML)")
+    look_again()
     try:
         written = yaml.safe_load(path.read_text(encoding="utf-8"))
         config = MergeConfiguration.model_validate(written)
