@@ -17,17 +17,18 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import LocalEntryNotFoundError
 from mergekit.architecture.conversion import convert_checkpoint_tensors
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from mergekit_act.adapters import MergedModel, adapter_problem
 from mergekit_act.channels import build_skeleton
 from mergekit_act.wording import shorten
 
@@ -35,7 +36,9 @@ __all__ = [
     "Checkpoint",
     "TensorHeader",
     "local_folder",
+    "merged_model",
     "open_checkpoint",
+    "parse_reference",
     "quantisation",
     "read_config",
     "read_headers",
@@ -291,15 +294,18 @@ def open_checkpoint(
         FileNotFoundError: the folder has no config or no weights.
         ValueError: the weights are quantised, or a LoRA reference comes without ``lora_merge_cache``.
     """
-    parsed = ModelReference.parse(reference)
+    parsed = parse_reference(reference)
     if parsed.lora is not None and lora_merge_cache is None:
         raise ValueError(f"{reference} has a LoRA; say --lora-merge-cache FOLDER, where the merged model is kept")
     config = read_config(reference, trust_remote_code=trust_remote_code)
     method = _declared_quantisation(config)
     if method is not None and not (Path(parsed.model.path).is_dir() or HF_HUB_OFFLINE):
         raise ValueError(_quantised(reference, f"{method}, by its config"))
-    merged = parsed.merged(cache_dir=lora_merge_cache, trust_remote_code=trust_remote_code)
-    checkpoint = Checkpoint(parsed, local_folder(merged), config)
+    if parsed.lora is None or lora_merge_cache is None:
+        folder = local_folder(parsed)
+    else:
+        folder = merged_model(parsed, lora_merge_cache).make(trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint(parsed, folder, config)
     found = quantisation(checkpoint)
     if found is not None:
         raise ValueError(_quantised(reference, found))
@@ -328,6 +334,51 @@ def local_folder(reference: ModelReference, cache_dir: str | None = None) -> Pat
         raise FileNotFoundError(
             f"{reference} is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it, or give a local folder"
         ) from error
+
+
+def merged_model(reference: ModelReference, cache: str, dtype: str | None = None) -> MergedModel:
+    """The model that a reference's adapter is merged into, as it is kept in a folder.
+
+    Args:
+        reference: with an adapter.
+        cache: the folder.
+        dtype: name of the dtype that the base is loaded in; None for its own.
+    """
+    model = reference.model
+    if Path(model.path).exists():
+        base = Checkpoint(ModelReference(model=model), Path(model.path), None).fingerprint
+    else:
+        base = Path(hf_hub_download(model.path, "config.json", revision=model.revision)).parent.name
+    return MergedModel(reference, Path(cache), base, dtype)
+
+
+def parse_reference(reference: str) -> ModelReference:
+    """A model reference of the form ``user/repo@revision``, a path, or either with ``+lora``.
+
+    What exists is a path, whatever characters it has; mergekit would split it.
+
+    Raises:
+        ValueError: it has no such form, or several.
+    """
+    if os.path.exists(reference):
+        return ModelReference(model=ModelPath(path=reference))
+    parts = reference.split("+")
+    splits = [("+".join(parts[:place]), "+".join(parts[place:])) for place in range(1, len(parts))]
+    if len(splits) > 1:
+        splits = [pair for pair in splits if all(map(os.path.exists, pair))]
+        if len(splits) != 1:
+            raise ValueError(f'"{reference}" cannot be parsed; expected MODEL or MODEL+LORA, paths or Hub ids')
+    model, lora = splits[0] if splits else (reference, None)
+    return ModelReference(model=_model_path(model), lora=None if lora is None else _model_path(lora))
+
+
+def _model_path(written: str) -> ModelPath:
+    if os.path.exists(written):
+        return ModelPath(path=written)
+    if not written or written.count("@") > 1:
+        raise ValueError(f'"{written}" is no model; expected a path, or a Hub id with at most one @ before a revision')
+    path, _, revision = written.partition("@")
+    return ModelPath(path=path, revision=revision or None)
 
 
 def quantisation(checkpoint: Checkpoint) -> str | None:
@@ -369,16 +420,17 @@ def _quantised(reference: str, how: str) -> str:
     return f"{reference} is quantised ({how}); expected float32, float16 or bfloat16 weights"
 
 
-def read_config(reference: str, *, trust_remote_code: bool = False) -> Any:
+def read_config(reference: str | ModelReference, *, trust_remote_code: bool = False) -> Any:
     """The config of a model reference; its weights need not be there.
 
     Raises:
-        FileNotFoundError: there is no such model folder, or it has no config.json.
+        FileNotFoundError: there is no such model folder, it has no config.json, or is an adapter.
     """
-    parsed = ModelReference.parse(reference)
+    parsed = parse_reference(reference) if isinstance(reference, str) else reference
     path = Path(parsed.model.path)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} has no config.json; expected a model folder as save_pretrained writes it")
+        expected = f"{path} has no config.json; expected a model folder as save_pretrained writes it"
+        raise FileNotFoundError(adapter_problem(path) or expected)
     if not path.exists() and parsed.model.path.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"{parsed.model.path} does not exist (relative to {os.getcwd()}); expected a model folder or a Hub id"
@@ -386,7 +438,8 @@ def read_config(reference: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return parsed.config(trust_remote_code=trust_remote_code)
     except OSError as error:  # not on the Hub, or the Hub is out of reach
-        raise FileNotFoundError(f"{reference} has no config that can be loaded: {_one_line(error)}") from error
+        reason = f"{reference} has no config that can be loaded: {_one_line(error)}"
+        raise FileNotFoundError(adapter_problem(parsed.model.path, parsed.model.revision) or reason) from error
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:

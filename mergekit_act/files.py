@@ -11,7 +11,15 @@ from pathlib import Path
 
 from mergekit_act.wording import enumerate_some, escape
 
-__all__ = ["check_free", "check_regular", "check_writable", "file_hash", "remove_leftovers", "write_atomically"]
+__all__ = [
+    "check_free",
+    "check_regular",
+    "check_writable",
+    "file_hash",
+    "file_state",
+    "remove_leftovers",
+    "write_atomically",
+]
 
 
 def file_hash(path: str | Path) -> str:
@@ -20,11 +28,21 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_state(path: str | Path) -> tuple[int, ...]:
+    """What differs when a file has been written again, even at once, in the same size, or with its old date."""
+    found = os.stat(path)
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+
+
 def check_free(paths: Iterable[str | Path], *, overwrite: bool) -> None:
-    """Raise FileExistsError if an output file exists, before any work is done for it.
+    """Raise FileExistsError if an output file exists, before any work is done for it; a folder can't be replaced.
 
     A link counts as a file, wherever it leads: it is what a new file would replace.
     """
+    paths = list(paths)
+    folders = [escape(path) for path in paths if Path(path).is_dir() and not Path(path).is_symlink()]
+    if folders:
+        raise IsADirectoryError(f"{enumerate_some(folders)}: a folder, which no file can replace; choose another name")
     taken = [escape(path) for path in paths if os.path.lexists(path)]
     if taken and not overwrite:
         verb = "exists" if len(taken) == 1 else "exist"

@@ -18,8 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_act.abilities import Tokenizers, collect_samples, load_abilities
+from mergekit_act.checkpoints import open_checkpoint
 from mergekit_act.cli import main
 from mergekit_act.devices import default_device, default_dtype
+from mergekit_act.finetuning import Recipe
+from mergekit_act.finetuning.saving import Saving, bytes_needed, check_room
 
 KEYS = "    prompt: q\n    answer: a\n"
 PLAIN = ["--dtype", "float32", "--device", "cpu", "--batch-size", "4", "--learning-rate", "1e-3"]
@@ -252,3 +255,124 @@ def test_batches_that_cannot_be_divided(given, tmp_path):
     assert done.exit_code == 1
     assert "cannot be divided" in done.output
     assert not (tmp_path / "out").exists()
+
+
+def changed_file(source, folder, name, **keys):
+    """A copy of a model with other keys in one of its JSON files."""
+    shutil.copytree(source, folder)
+    path = folder / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | keys))
+    return folder
+
+
+def test_a_generation_config_that_transformers_refuses_is_copied(given, tmp_path, caplog):
+    refused = {"do_sample": False, "temperature": 0.6}
+    model = changed_file(given[0], tmp_path / "model", "generation_config.json", **refused)
+    done = finetune((model, given[1]), tmp_path / "out", "--save-steps", "2")
+    assert done.exit_code == 0, done.output
+    assert "it is copied as it is" in caplog.text
+    name = "generation_config.json"
+    assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_how_an_older_config_generates_is_kept(given, tmp_path):
+    model = changed_file(given[0], tmp_path / "model", "config.json", do_sample=False, temperature=0.6)
+    (model / "generation_config.json").unlink()
+    done = finetune((model, given[1]), tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (kept["do_sample"], kept["temperature"], kept["eos_token_id"]) == (False, 0.6, 2)
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_before_the_training(given, tmp_path, monkeypatch):
+    package = tmp_path / "packages" / "matplotlib"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('built for another numpy')")
+    monkeypatch.syspath_prepend(str(package.parent))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    done = finetune(given, tmp_path / "out")
+    assert done.exit_code == 1
+    assert "matplotlib cannot draw the picture (ImportError: built for another numpy)" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def saving_of(given):
+    file = load_abilities(given[1])
+    samples = collect_samples(file, "sums", Tokenizers(file.target, file.ability_model))
+    tokenizer = AutoTokenizer.from_pretrained(given[0])
+    return Saving(open_checkpoint(str(given[0])), [samples], Recipe(), "finetune.json", "out", tokenizer)
+
+
+def test_weights_that_cannot_be_saved_are_told_before_the_training(given, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(given[0])
+    saving_of(given).try_out(model, tmp_path / "trial")
+    first, second = model.model.layers
+    first.mlp.up_proj.weight = second.mlp.up_proj.weight
+    with pytest.raises(ValueError, match=r"the weights of .* could not be saved .* Nothing was trained"):
+        saving_of(given).try_out(model, tmp_path / "trial")
+    assert not (tmp_path / "trial").exists()
+
+
+def test_room_on_the_disk_is_needed_for_three_checkpoints_at_once(tmp_path):
+    recipe = Recipe(master_dtype="float32")
+    # the weights, and for each checkpoint the weights and Adam's two means
+    assert bytes_needed(1000, recipe, updates=100, save_steps=0) == 4000
+    assert bytes_needed(1000, recipe, updates=100, save_steps=60) == 4000 + 2 * 12000
+    assert bytes_needed(1000, recipe, updates=100, save_steps=10) == 4000 + 3 * 12000
+    free = shutil.disk_usage(tmp_path).free
+    check_room(tmp_path, free // 2)
+    with pytest.raises(OSError, match=r"has room for .* GB; the model and its checkpoints take up to .*--save-steps 0"):
+        check_room(tmp_path, free * 2)
+
+
+def test_a_run_that_is_killed_behind_its_training_makes_the_rest(given, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--epochs", "2", "--save-steps", "2"]
+    assert finetune(given, out, *arguments).exit_code == 0
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    # killed while the checkpoints were removed, after the model was in its place
+    (out / ".finished" / "checkpoint-6").mkdir(parents=True)
+    for name in ("README.md", "loss.png"):
+        (out / name).unlink()
+    done = finetune(given, out, *arguments)
+    assert done.exit_code == 0, done.output
+    assert done.output.split() == [str(out / name) for name in ("README.md", "loss.svg", "loss.png")]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    assert "finished already" in finetune(given, out, *arguments).output
+
+
+def test_a_run_that_is_killed_while_it_saves_goes_on(given, tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    arguments = ["--epochs", "2", "--save-steps", "2"]
+    kill = (
+        "import os\nmove = os.replace\n"
+        "os.replace = lambda a, b: os.kill(os.getpid(), 9) if str(b).endswith('out/config.json') else move(a, b)"
+    )
+    run = started(given, out, *arguments, before=kill)
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL
+    assert (out / "README.md").exists()
+    (out / "loss.csv").unlink()
+    for folder in (out, whole):
+        done = finetune(given, folder, *arguments)
+        assert done.exit_code == 0, done.output
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (out / "loss.csv").read_text() == (whole / "loss.csv").read_text()
+
+
+def test_a_run_that_is_killed_before_its_first_step_is_not_finished(given, tmp_path):
+    out = tmp_path / "out"
+    (out / "checkpoints").mkdir(parents=True)  # before its settings were written
+    assert finetune(given, out).exit_code == 0
+    (out / "model.safetensors").unlink()
+    done = finetune(given, out)
+    assert done.exit_code == 0, done.output
+    assert (out / "model.safetensors").exists()
+
+
+def test_an_ability_that_is_named_twice_counts_once(given, tmp_path):
+    done = finetune(given, tmp_path / "out", "--ability", "sums", "--ability", "sums")
+    assert done.exit_code == 0, done.output
+    assert len(list(csv.DictReader((tmp_path / "out" / "loss.csv").open()))) == 3  # 12 samples in fours

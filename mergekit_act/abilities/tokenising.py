@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mergekit.common import ModelReference
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
+
+from mergekit_act.adapters import adapter_problem
+from mergekit_act.checkpoints import parse_reference
 
 __all__ = ["Tokenizers", "tokenise"]
 
@@ -77,13 +79,16 @@ def tokenise(
 
 
 def _load_tokenizer(reference: str, trust_remote_code: bool) -> Any:
-    model = ModelReference.parse(reference).model
+    model = parse_reference(reference).model
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers raises errors of many kinds for missing or foreign files
         reason = " ".join(str(error).split())[:200]
+        adapter = adapter_problem(model.path)
+        if adapter is not None:
+            raise ValueError(adapter) from error
         raise ValueError(f"{reference} has no tokenizer that Transformers can load: {reason}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{reference} has a slow tokenizer; expected a fast one (tokenizer.json), it knows offsets")

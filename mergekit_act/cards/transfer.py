@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_act.cards.markdown import (
@@ -24,6 +23,7 @@ from mergekit_act.cards.markdown import (
 from mergekit_act.cards.masks import MaskFile, Source
 from mergekit_act.cards.recipe import Recipe, requirements, shell_line
 from mergekit_act.checking.summary import CheckSummary
+from mergekit_act.checkpoints import parse_reference
 from mergekit_act.report.listings import describe_selection
 from mergekit_act.report.tables import percent
 
@@ -145,18 +145,19 @@ def _flags(options: MergeOptions, *names: str) -> list[str]:
 
 
 def _is_hub_id(reference: str) -> bool:
-    path = ModelReference.parse(reference).model.path
+    path = parse_reference(reference).model.path
     return HUB_ID.fullmatch(path) is not None and not Path(path).exists()
 
 
 def _local_name(reference: str) -> str:
-    return code("+".join(Path(part).name for part in reference.split("+")))
+    parsed = parse_reference(reference)
+    return code("+".join(Path(part.path).name for part in (parsed.model, parsed.lora) if part is not None))
 
 
 def _link(reference: str) -> str:
     """A model reference of a merge config, linked if it is on the Hub; of a local folder the name."""
     if not _is_hub_id(reference):
         return _local_name(reference)
-    model = ModelReference.parse(reference).model
+    model = parse_reference(reference).model
     tree = f"/tree/{model.revision}" if model.revision else ""
     return f"[{plain(reference)}](https://huggingface.co/{model.path}{tree})"

@@ -125,8 +125,14 @@ def model_problems(models: Iterable[ModelReference], options: Any) -> list[str]:
     problems = []
     architectures = {}
     for model in sorted(models, key=str):
+        if model.lora is not None and Path(str(model)).exists():
+            problems.append(
+                f'"{model}" is a folder, but mergekit takes what stands behind "+" for a LoRA; write the model as a '
+                f'mapping, {{model: {{path: "{model}"}}}}, or rename the folder'
+            )
+            continue
         try:
-            config = read_config(str(model), trust_remote_code=options.trust_remote_code)
+            config = read_config(model, trust_remote_code=options.trust_remote_code)
         except (OSError, ValueError) as error:
             problems.append(" ".join(str(error).split()))
         else:

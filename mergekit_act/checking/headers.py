@@ -16,7 +16,7 @@ from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 
-from mergekit_act.checkpoints import Checkpoint, TensorHeader
+from mergekit_act.checkpoints import Checkpoint, TensorHeader, merged_model
 
 __all__ = ["HeaderLoader", "only_headers"]
 
@@ -79,11 +79,10 @@ def _without_weights(model: ModelReference, options: Any) -> tuple[Checkpoint | 
         fetched, size = _from_hub(unmerged)
         remark = f"{model} is fetched first: {size / 1e9:.2f} GB"
         return _Headers(model, Path(model.model.path), config, fetched), remark
-    if model.lora is not None:
-        merged = model.model._unique_id() + "_" + model.lora._unique_id()
-        if not (Path(options.lora_merge_cache or "") / merged / "config.json").is_file():
-            headers = Checkpoint(unmerged, folder, config).headers
-            return _Headers(model, folder, config, headers), f"{model} is merged with its LoRA first"
+    cache, dtype = options.lora_merge_cache or "", options.lora_merge_dtype
+    if model.lora is not None and not merged_model(model, cache, dtype).is_current():
+        headers = Checkpoint(unmerged, folder, config).headers
+        return _Headers(model, folder, config, headers), f"{model} is merged with its LoRA first"
     if not Path(model.model.path).exists():
         return Checkpoint(model, folder, config), ""  # in the client's cache; mergekit would ask for newer files
     return None, ""

@@ -14,6 +14,7 @@ from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
 from torch import Tensor
 
 from mergekit_act.checkpoints import TensorHeader, read_headers
+from mergekit_act.files import file_state
 from mergekit_act.merging.mapped import map_tensor
 from mergekit_act.merging.methods import METHOD
 
@@ -89,7 +90,7 @@ class _LoadMapped(LoadTensor):  # type: ignore[misc]
         name = self._resolve_name(loader)
         if name is not None and loader.index.is_safetensors and self.device in (None, "cpu") and self.dtype is None:
             path = Path(loader.index.base_path) / loader.index.tensor_paths[name]
-            tensor = map_tensor(path, _headers(path, path.stat().st_mtime_ns)[name])
+            tensor = map_tensor(path, _headers(path, file_state(path))[name])
             if tensor is not None:
                 return tensor
         loaded: Tensor | None = super().execute()
@@ -133,7 +134,7 @@ def _with_rows_of(base: Tensor, tensor: Tensor, axis: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _headers(path: Path, _changed: int) -> Mapping[str, TensorHeader]:
+def _headers(path: Path, _state: tuple[int, ...]) -> Mapping[str, TensorHeader]:
     return read_headers(path)
 
 

@@ -12,12 +12,14 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.registry import get
 from pydantic import ValidationError
 
@@ -32,10 +34,12 @@ from mergekit_act.checking.configs import (
     plain,
 )
 from mergekit_act.checking.flat import FlatPlanCheck
+from mergekit_act.checking.headers import HeaderLoader
 from mergekit_act.checking.outputs import drop_quantisation, follow_layers, name_dtype
 from mergekit_act.checking.plans import PlanCheck
-from mergekit_act.checkpoints import local_folder
+from mergekit_act.checkpoints import local_folder, merged_model
 from mergekit_act.merging import is_ours, refuse_to_run
+from mergekit_act.merging.hub import look_again
 
 __all__ = ["wrap_flat_planner", "wrap_merge", "wrap_multimerge", "wrap_planner"]
 
@@ -59,11 +63,22 @@ def wrap_merge() -> None:
                     raise MergeConfigError(problems)
                 for remark in path_remarks(_local_paths(config)):
                     LOG.warning(remark)
+                with _one_sentence():
+                    _refresh(config.referenced_models(), options)
             return get_architecture_info(config, options)
 
         return checked_architecture
 
+    def wrap_run(run_merge: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(run_merge)
+        def run_anew(*args: Any, **kwargs: Any) -> Any:
+            look_again()
+            return run_merge(*args, **kwargs)
+
+        return run_anew
+
     _wrap("mergekit.merge", None, "get_architecture_info", wrap)
+    _wrap("mergekit.merge", None, "run_merge", wrap_run)
     _wrap("mergekit.common", "ModelReference", "local_path", _from_the_cache)
 
 
@@ -161,6 +176,20 @@ def wrap_flat_planner() -> None:
         return checked_plan
 
     _wrap("mergekit.scripts.merge_raw_pytorch", None, "plan_flat_merge", wrap)
+
+
+def _refresh(models: Iterable[ModelReference], options: Any) -> None:
+    """Let mergekit read models as they are now: what it has opened or merged with a LoRA before may be of older files.
+
+    Models that only their headers stand for are not merged now.
+    """
+    for model in models:
+        if isinstance(LoaderCache.loaders.get(model), HeaderLoader):
+            continue
+        LoaderCache.loaders.pop(model, None)
+        if model.lora is not None:
+            merged = merged_model(model, options.lora_merge_cache, options.lora_merge_dtype)
+            merged.make(trust_remote_code=options.trust_remote_code)
 
 
 def _local_paths(config: Any) -> list[str]:

@@ -22,6 +22,7 @@ from mergekit_act.checking.headers import only_headers
 from mergekit_act.checking.planning import check_before_planning, plan_merge
 from mergekit_act.checking.plans import PlanCheck, PlannedTensor
 from mergekit_act.merging import channels_along, is_ours
+from mergekit_act.merging.hub import look_again
 from mergekit_act.yaml_files import SeveralDocumentsError
 
 __all__ = [
@@ -145,6 +146,7 @@ def check_config(path: str | Path, options: MergeOptions) -> CheckSummary:
         raise ValueError(f'{path} uses merge_method "{config.merge_method}"; mergekit-act does not check it ({hint})')
     if config.base_model is not None and Path(config.base_model.model.path).is_file():
         raise ValueError(f"{path} names weight files, as for mergekit-pytorch; check takes configs of mergekit-yaml")
+    look_again()
     check_before_planning(config, options)
     ignored = [
         f'mergekit ignores the key "{key}"' for key in sorted(set(written) - set(MergeConfiguration.model_fields))

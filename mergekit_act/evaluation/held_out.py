@@ -108,7 +108,7 @@ def collect_held_out(file: AbilitiesFile, tokenizers: Tokenizers, names: Sequenc
     """
     file.check_names(names or ())
     found = []
-    for name in file.abilities if names is None else names:
+    for name in dict.fromkeys(file.abilities if names is None else names):
         ability = file.abilities[name]
         held_out = ability.held_out()
         try:

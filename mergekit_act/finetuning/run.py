@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,17 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from mergekit_act import __version__
 from mergekit_act.abilities import AbilitiesFile, AbilitySamples, Tokenizers, collect_samples
-from mergekit_act.cards.finetuned import write_finetuned_card
 from mergekit_act.checkpoints import Checkpoint, open_checkpoint
-from mergekit_act.files import check_writable, write_atomically
+from mergekit_act.files import check_writable, remove_leftovers, write_atomically
 from mergekit_act.finetuning.recipe import Recipe
+from mergekit_act.finetuning.saving import Saving, bytes_needed, check_room
 from mergekit_act.finetuning.trainer import DivergedError, all_finite, build_settings, build_trainer, writing
 from mergekit_act.models import broken_weight, check_samples_fit, load_model
 from mergekit_act.recipes import keep_recipe
@@ -38,6 +37,8 @@ __all__ = ["finetune"]
 
 _RECIPE = "finetune.json"
 _CHECKPOINTS = "checkpoints"  # there as long as the model is not finished
+_FINISHED = ".finished"  # what becomes of them
+_SAVING = ".saving"
 
 
 def finetune(
@@ -73,7 +74,7 @@ def finetune(
         quiet: show no progress.
 
     Returns:
-        What was written; empty in all processes but the first.
+        What was written; of a finished model what it lacked; empty in all processes but the first.
 
     Raises:
         FileNotFoundError: the model or a data set does not exist.
@@ -94,12 +95,15 @@ def finetune(
     if out.resolve() == checkpoint.folder.resolve():
         raise ValueError(f"{out} is the model itself; choose another folder for the trained one")
     tokenizers = Tokenizers(file.target, file.ability_model, trust_remote_code)
-    abilities = [collect_samples(file, name, tokenizers) for name in names or file.abilities]
+    abilities = [collect_samples(file, name, tokenizers) for name in dict.fromkeys(names or file.abilities)]
     for ability in abilities:
         check_samples_fit(checkpoint, ability, tokenizers.target.backend_tokenizer)
-    if rank == 0:
-        _claim(out, _settings(checkpoint, abilities, recipe), overwrite)
     run = _Run(checkpoint, abilities, out, recipe, tokenizers)
+    if rank == 0 and not _claim(out, _settings(checkpoint, abilities, recipe), overwrite):
+        made = run.complete()
+        if world > 1:  # the other processes would wait for this one
+            raise FileExistsError(f"{out} is finished already; what it lacked is made: {', '.join(map(str, made))}")
+        return made
     settings = build_settings(
         recipe, run.checkpoints, accumulate=accumulate, save_steps=save_steps, device=device, quiet=quiet
     )
@@ -108,18 +112,23 @@ def finetune(
     broken = broken_weight(loaded)
     if broken is not None:
         raise ValueError(f'{checkpoint.reference} has broken weights: "{broken}" has values that are NaN or infinite')
+    if rank == 0:
+        run.try_saving(loaded, save_steps)
     trainer = build_trainer(loaded, run.padding_tokenizer(), settings, abilities, run.kept)
     try:
         trainer.train(resume_from_checkpoint=run.last_checkpoint())
         run.save(trainer)
-    except torch.OutOfMemoryError as error:
+    except BaseException as error:
+        if rank == 0:
+            with suppress(OSError):  # what stopped the run is told
+                run.write_losses(trainer.state.log_history)
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ValueError(
             f"out of memory on {device}: {' '.join(str(error).split())[:200]}; {run.kept()}. Try --micro-batch 1, "
             "--master-dtype bfloat16, or FSDP on several GPUs"
         ) from error
-    finally:
-        written = run.write_losses(trainer.state.log_history) if rank == 0 else []
-    return [] if rank else [out, *written]
+    return [] if rank else [out, *run.losses()]
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,34 @@ class _Run:
         if (self.checkpoint.folder / "tokenizer.json").is_file():
             return AutoTokenizer.from_pretrained(str(self.checkpoint.folder))
         return self.tokenizers.target
+
+    @cached_property
+    def saving(self) -> Saving:
+        """What the trained model is saved with."""
+        name = self.out.resolve().name
+        return Saving(self.checkpoint, self.abilities, self.recipe, _RECIPE, name, self.tokenizer)
+
+    def try_saving(self, model: Any, save_steps: int) -> None:
+        """See that what is written at the end can be written, and has room on the disk.
+
+        Raises:
+            ValueError: it can't be made; a folder that holds no checkpoint is as before.
+            OSError: it can't be written.
+        """
+        samples = sum(len(ability.samples) for ability in self.abilities)
+        updates = math.ceil(math.ceil(samples / self.recipe.batch_size) * self.recipe.epochs)
+        self.last_checkpoint()  # what a kill has left of others goes
+        needed = bytes_needed(sum(weight.numel() for weight in model.parameters()), self.recipe, updates, save_steps)
+        try:
+            check_room(self.checkpoints, needed)
+            self.saving.try_out(model, self.out / _SAVING)
+        except (ValueError, OSError):
+            if self.last_checkpoint() is None:  # what is mended may be another model to the recipe
+                (self.out / _RECIPE).unlink(missing_ok=True)
+                with suppress(OSError):
+                    self.checkpoints.rmdir()
+                    self.out.rmdir()
+            raise
 
     def padding_tokenizer(self) -> Any:
         """The tokenizer with a padding token, for micro-batches; the model's is saved as it was."""
@@ -173,7 +210,7 @@ class _Run:
             raise DivergedError(f"the trained weights are NaN or infinite; {self.kept()}. Lower the --learning-rate")
         if trainer.is_fsdp_enabled:  # each process's part alone would be no model
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        saving = self.out / ".saving"
+        saving = self.out / _SAVING
         with writing(str(self.out), self.kept):
             if trainer.is_world_process_zero():
                 shutil.rmtree(saving, ignore_errors=True)
@@ -181,58 +218,89 @@ class _Run:
             trainer.save_model(str(saving))  # of all processes, if they share the weights
             if not trainer.is_world_process_zero():
                 return
-            self._complete(saving)
+            self.saving.complete(saving)
+            self.write_losses(trainer.state.log_history)
             for path in self.out.glob("*.safetensors*"):  # of an earlier model, maybe in more files
                 path.unlink()
             for path in sorted(saving.iterdir()):
                 os.replace(path, self.out / path.name)
             saving.rmdir()
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+            # As long as this folder is there, the run is not finished; half of it would look like no checkpoint at all.
+            os.replace(self.checkpoints, self.out / _FINISHED)
+        shutil.rmtree(self.out / _FINISHED, ignore_errors=True)
 
-    def write_losses(self, history: Sequence[Mapping[str, Any]]) -> list[Path]:
-        """The loss of every update so far, as csv and picture."""
+    def complete(self) -> list[Path]:
+        """Make what a finished run lacks beside the model.
+
+        Returns:
+            What was made.
+
+        Raises:
+            FileExistsError: nothing is missing.
+        """
+        made = []
+        if not (self.out / "README.md").exists():
+            self.saving.write_card(self.out / "README.md")
+            made.append(self.out / "README.md")
+        table, pictures = self.out / "loss.csv", [self.out / "loss.svg", self.out / "loss.png"]
+        if table.exists() and can_draw() and not all(picture.exists() for picture in pictures):
+            rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+            made += draw_losses([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], self._picture)
+        if not made:
+            raise FileExistsError(f"{self.out} is finished already. Choose another folder or say --overwrite.")
+        return made
+
+    def write_losses(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """The loss of every update so far, as csv and picture.
+
+        Raises:
+            OSError: it could not be written.
+        """
         rows = [entry for entry in history if "loss" in entry]
         if not rows:
-            return []
+            return
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["step", "loss", "learning_rate", "grad_norm"])
         writer.writerows([row["step"], row["loss"], row["learning_rate"], row.get("grad_norm", "")] for row in rows)
-        written = [self.out / "loss.csv"]
-        with suppress(OSError):  # a full disk is told already
-            write_atomically(written[0], text.getvalue().encode(), overwrite=True)
-            if can_draw():
-                steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-                written += draw_losses(steps, losses, self.out / "loss")
-        return written
+        write_atomically(self.out / "loss.csv", text.getvalue().encode(), overwrite=True)
+        if can_draw():
+            draw_losses([row["step"] for row in rows], [row["loss"] for row in rows], self._picture)
 
-    def _complete(self, saving: Path) -> None:
-        """Give what the trainer has saved its dtypes, tokenizer and card."""
-        dtypes = {name: header.torch_dtype for name, header in self.checkpoint.headers.items() if header.torch_dtype}
-        usual = max(dtypes.values(), key=list(dtypes.values()).count)
-        for path in saving.glob("*.safetensors"):
-            _cast_file(path, dtypes, usual)
-        config = json.loads((saving / "config.json").read_text(encoding="utf-8"))
-        config["dtype"] = str(usual).removeprefix("torch.")
-        (saving / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (saving / "training_args.bin").unlink(missing_ok=True)
-        self.tokenizer.save_pretrained(saving)
-        write_finetuned_card(
-            saving / "README.md", self.out.resolve().name, self.checkpoint, self.abilities, self.recipe, _RECIPE
-        )
+    def losses(self) -> list[Path]:
+        """What was written of the losses."""
+        names = ("loss.csv", "loss.svg", "loss.png") if can_draw() else ("loss.csv",)
+        return [path for name in names if (path := self.out / name).exists()]
+
+    @property
+    def _picture(self) -> Path:
+        return self.out / "loss"
 
 
-def _claim(out: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
-    """See that a folder is empty, or of this recipe and unfinished, and mark it as unfinished."""
+def _claim(out: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
+    """See that a folder is empty or of this recipe, and mark it as unfinished.
+
+    Returns:
+        Whether there is something to train; a finished model of this recipe needs nothing.
+    """
     recipe, checkpoints = out / _RECIPE, out / _CHECKPOINTS
+    remove_leftovers(recipe)
     if overwrite:
-        recipe.unlink(missing_ok=True)
         shutil.rmtree(checkpoints, ignore_errors=True)
-    elif not recipe.exists() and out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"{out} holds something else than a fine-tuning; name another folder, or say --overwrite")
-    if keep_recipe(recipe, settings) and not checkpoints.exists():
-        raise FileExistsError(f"{out} is finished already. Choose another folder or say --overwrite.")
-    checkpoints.mkdir(exist_ok=True)
+        # There before the recipe, so that an earlier model is never taken for this recipe's.
+        checkpoints.mkdir(parents=True)
+        recipe.unlink(missing_ok=True)
+    elif not recipe.exists():
+        if out.is_dir() and any(path != checkpoints or any(path.iterdir()) for path in out.iterdir()):
+            raise FileExistsError(
+                f"{out} holds something else than a fine-tuning; name another folder, or say --overwrite"
+            )
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    keep_recipe(recipe, settings)
+    shutil.rmtree(out / _FINISHED, ignore_errors=True)
+    if not any(out.glob("*.safetensors")):
+        checkpoints.mkdir(exist_ok=True)
+    return checkpoints.exists()
 
 
 def _settings(checkpoint: Checkpoint, abilities: Sequence[AbilitySamples], recipe: Recipe) -> dict[str, Any]:
@@ -251,16 +319,3 @@ def _steps_of(folder: Path) -> int | None:
         return int(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _cast_file(path: Path, dtypes: Mapping[str, torch.dtype], usual: torch.dtype) -> None:
-    """Give each tensor of a file the dtype that the model's own files have for it."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    cast = {name: tensor.to(dtypes.get(name, usual)) for name, tensor in tensors.items() if tensor.is_floating_point()}
-    if all(tensor.dtype == tensors[name].dtype for name, tensor in cast.items()):
-        return
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors | cast, temporary, metadata=metadata)
-    os.replace(temporary, path)

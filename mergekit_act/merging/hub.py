@@ -10,12 +10,12 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, parse_hf_uri
 from huggingface_hub.errors import HfUriError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
-__all__ = ["HUB", "fetch_mask_files"]
+__all__ = ["HUB", "fetch_mask_files", "look_again"]
 
 HUB = "hf://"
 
 
-@lru_cache(maxsize=64)  # one process sees one state of the Hub
+@lru_cache(maxsize=64)  # one merge sees one state of the Hub
 def fetch_mask_files(reference: str) -> list[Path]:
     """Fetch what ``hf://user/repo[@revision]/path`` names; the path may be a glob.
 
@@ -44,6 +44,11 @@ def fetch_mask_files(reference: str) -> list[Path]:
     except (HTTPError, HFValidationError, OSError) as error:  # the client's own errors are of both kinds
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f'mask "{reference}" could not be fetched: {reason}') from error
+
+
+def look_again() -> None:
+    """Let the next merge of this process see the Hub as it is then."""
+    fetch_mask_files.cache_clear()
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergekit_act.artifacts import Mask, Profile, load_artifact
 from mergekit_act.channels import Layout
+from mergekit_act.files import file_state
 from mergekit_act.merging.hub import HUB, fetch_mask_files
 from mergekit_act.merging.kernel import TensorSelection
 from mergekit_act.selection import select_channels, unite, validate_density
@@ -89,12 +90,12 @@ def load_mask_files(setting: str, density: float | None) -> MaskFiles:
         ArtifactError: a file is not valid.
     """
     files = find_mask_files(setting)
-    states = tuple((path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+    states = tuple(map(file_state, files))
     return _load_mask_files(files, states, density)
 
 
 @lru_cache(maxsize=64)
-def _load_mask_files(files: tuple[Path, ...], _states: tuple[tuple[int, int], ...], density: float | None) -> MaskFiles:
+def _load_mask_files(files: tuple[Path, ...], _states: tuple[tuple[int, ...], ...], density: float | None) -> MaskFiles:
     selections, artifacts = [], []
     for path in files:
         artifact = load_artifact(path)

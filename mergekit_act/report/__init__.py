@@ -1,7 +1,7 @@
 """What channels, profiles, masks, evaluations and sweeps look like: listings, figures, a page."""
 
 from mergekit_act.report.canvas import can_draw
-from mergekit_act.report.curves import draw_losses, draw_sweep
+from mergekit_act.report.curves import check_drawing, draw_losses, draw_sweep
 from mergekit_act.report.essentials import list_essentials
 from mergekit_act.report.evaluations import list_evaluation, list_sweep
 from mergekit_act.report.listings import list_channels, list_check, list_expert_tokens, list_mask
@@ -9,6 +9,7 @@ from mergekit_act.report.tables import table
 
 __all__ = [
     "can_draw",
+    "check_drawing",
     "draw_losses",
     "draw_sweep",
     "list_channels",

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mergekit_act.report.canvas import COLOURS, MUTED, new_canvas, save_figure
+from mergekit_act.report.canvas import COLOURS, MUTED, can_draw, new_canvas, save_figure
 
 if TYPE_CHECKING:
     from mergekit_act.sweep.run import SweepResult
 
-__all__ = ["draw_losses", "draw_sweep"]
+__all__ = ["check_drawing", "draw_losses", "draw_sweep"]
 
 _MARKERS = "osD^vP*"
+
+
+def check_drawing() -> None:
+    """See, before hours of work, that the picture at their end can be drawn; without matplotlib there will be none.
+
+    Raises:
+        ValueError: matplotlib is there and does not work.
+    """
+    if not can_draw():
+        return
+    try:
+        for kind in ("svg", "png"):
+            _figure_of_losses([1, 2], [1.0, 0.5]).savefig(io.BytesIO(), format=kind)
+    except Exception as error:  # of a broken installation, its settings or its cache
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(
+            f"matplotlib cannot draw the picture ({type(error).__name__}: {reason}); mend it, or uninstall it to have "
+            "no picture"
+        ) from error
 
 
 def draw_sweep(result: SweepResult, out_dir: Path) -> list[Path]:
@@ -46,9 +66,13 @@ def draw_sweep(result: SweepResult, out_dir: Path) -> list[Path]:
 
 def draw_losses(steps: Sequence[int], losses: Sequence[float], out: Path) -> list[Path]:
     """The training loss over optimizer steps; as svg and png."""
+    return save_figure(_figure_of_losses(steps, losses), out)
+
+
+def _figure_of_losses(steps: Sequence[int], losses: Sequence[float]) -> Any:
     figure, axes = new_canvas(4.2, below=0.62, width=7)
     axes.plot(steps, losses, color=COLOURS[0], linewidth=1.5)
     axes.set_xlabel("step")
     axes.set_ylabel("loss per answer token")
     axes.set_ylim(bottom=0)
-    return save_figure(figure, out)
+    return figure

@@ -14,6 +14,7 @@ from mergekit_act.channels import Layout
 from mergekit_act.checking.configs import read_merge_config
 from mergekit_act.files import file_hash
 from mergekit_act.merging import find_mask_files
+from mergekit_act.merging.hub import look_again
 from mergekit_act.sweep.grid import Point
 
 __all__ = ["SweptConfig", "read_swept_config"]
@@ -64,6 +65,7 @@ def read_swept_config(path: Path) -> SweptConfig:
         FileNotFoundError: there is no such file, or a profile does not exist.
         ValueError: it is no config of the method ``act`` with plain models and profiles; what is wrong is told.
     """
+    look_again()
     written, config = read_merge_config(path)
     if config.merge_method != "act":
         raise ValueError(f'{path} uses merge_method "{config.merge_method}"; a sweep varies the settings of act')

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import yaml
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from mergekit_act import __version__
 from mergekit_act.abilities import AbilitiesFile, Tokenizers
 from mergekit_act.checking.planning import check_before_planning, plan_merge
 from mergekit_act.checking.summary import count_moved
-from mergekit_act.checkpoints import Checkpoint, open_checkpoint
+from mergekit_act.checkpoints import Checkpoint, open_checkpoint, parse_reference
 from mergekit_act.devices import usable_device
 from mergekit_act.evaluation import HeldOut, NotFiniteError, collect_held_out, generate_answers, score_answers
 from mergekit_act.files import check_free, check_writable, write_atomically
@@ -157,7 +156,7 @@ class _Sweep:
         self.options, self.batch_tokens = options, batch_tokens
         self._density: float | None = None
         self._moved = (0, 0)
-        self._models = [ModelReference.parse(model) for model in config.models]
+        self._models = [parse_reference(model) for model in config.models]
 
     def score_all(self, scores: ScoreFile, grid: Sequence[Point], quiet: bool) -> Score:
         """Score what is not scored yet; returns the target's score."""
