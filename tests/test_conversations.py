@@ -294,6 +294,8 @@ def test_generation_prompts_that_begin_the_reasoning(collect, caplog):
     own = CHATML.replace("'<|im_start|>assistant\n' }}{%- endif", "'<|im_start|>assistant\n<think>\n' }}{%- endif")
     _, (answer,), _ = collect([chat(ASK, {"role": "assistant", "content": "<think>\ncold\n</think>\nThree."})], own)
     assert answer == "cold\n</think>\nThree.<|im_end|>"
+    _, (answer,), _ = collect([chat(ASK, {"role": "assistant", "content": "<think>\ncold"})], own)
+    assert answer == "cold<|im_end|>"
     assert not warnings(caplog)
 
 
@@ -364,6 +366,15 @@ def test_arguments_are_given_as_the_template_takes_them(collect, template, answe
     call = {"role": "assistant", "tool_calls": json.dumps([{"name": "weather", "arguments": arguments}])}
     _, answers, data = collect([chat(ASK, call)], template)
     assert answers == [answer]
+    assert data["remarks"] == {}
+
+
+def test_texts_that_json_escapes_are_not_left_out(collect):
+    call = {"role": "assistant", "tool_calls": [{"name": "say", "arguments": {"text": 'a "b"\nc'}}]}
+    row = chat(ASK, call, tools=[json.dumps(WEATHER)])
+    (text,), (answer,), data = collect([row], QWEN2)
+    assert json.dumps('a "b"\nc') in answer
+    assert f"Tools: [{json.dumps(WEATHER)}]" in text
     assert data["remarks"] == {}
 
 
