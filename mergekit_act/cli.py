@@ -149,12 +149,14 @@ def _again(*more: str) -> str:
     words: list[str] = []
     for parameter in context.command.params:
         value = context.params[parameter.name or ""]
+        if value is None or value is False or parameter.name in ("verbose", "quiet"):
+            continue
         option = max(parameter.opts, key=len)
         if isinstance(parameter, click.Argument):
             words += value if isinstance(value, tuple) else [value]
         elif isinstance(value, tuple):
             words += [word for one in value for word in (option, one)]
-        elif value not in (None, False, 0) and option not in " ".join(more):
+        elif option not in " ".join(more):
             words += [option] if value is True else [option, value]
     return f"mergekit-act {context.info_name} {shlex.join(map(str, words))} {' '.join(more)}"
 

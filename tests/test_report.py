@@ -282,6 +282,7 @@ def test_a_mask_in_the_head_is_warned_of(tmp_path):
     assert "warning" not in without.output
     assert "Excluded: lm_head; " in (tmp_path / "out2" / "report.html").read_text(encoding="utf-8")
     mask = ["mask", str(tmp_path / "code.safetensors"), "-o", str(tmp_path / "m.safetensors"), "--density", "0.05"]
+    mask += ["-v", "--retain", str(tmp_path / "code.safetensors"), "--retain-strength", "0"]
     done = CliRunner().invoke(main, mask)
     assert warning in done.output
     told = done.output.split("Without them: mergekit-act ")[-1].splitlines()[0]

@@ -146,7 +146,7 @@ class Recipe:
         for glob in first.get("exclude") or ():
             command += ["--exclude", glob]
         retain = first.get("retain") or {}
-        for other in retain.get("abilities", ()):
+        for other in retain.get("abilities") or ():
             command += ["--retain", self._profile(other)]
         for option in ("ranking", "strength", "density") if retain else ():
             unused = option == "strength" and retain.get("ranking") != "difference"

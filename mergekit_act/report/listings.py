@@ -119,9 +119,10 @@ def describe_selection(source: Mapping[str, Any]) -> str:
         shown += f" without {', '.join(source['exclude'])}"
     retain = source.get("retain")
     if retain:
-        spared = ", ".join(str(one.get("ability")) for one in retain.get("abilities", ()))
+        spared = ", ".join(str(one.get("ability")) for one in retain.get("abilities") or ())
         shown += f", sparing {spared} (not in the paper: ranked by {retain.get('ranking')}"
-        shown += f", strength {retain['strength']:g})" if retain.get("ranking") == "difference" else ")"
+        has_strength = retain.get("ranking") == "difference" and retain.get("strength") is not None
+        shown += f", strength {retain['strength']:g})" if has_strength else ")"
         shown += f" and without the top {shown_density(retain['density'])} of these" if retain.get("density") else ""
     return shown
 
