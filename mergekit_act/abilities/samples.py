@@ -21,7 +21,7 @@ from mergekit_act.abilities.rendering import Rendering, render_chat, render_plai
 from mergekit_act.abilities.rows import fill_template, load_rows, select_rows
 from mergekit_act.abilities.schema import AbilitiesFile, Ability
 
-__all__ = ["AbilitySamples", "Sample", "Tokenizers", "collect_samples"]
+__all__ = ["AbilitySamples", "Sample", "Tokenizers", "collect_samples", "fingerprint_samples"]
 
 LOG = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def collect_samples(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> A
         "template_kwargs": file.template_kwargs,
         "prompts_cut": cut,
         "samples_dropped": dropped,
-        "fingerprint": _fingerprint(kept),
+        "fingerprint": fingerprint_samples(kept),
     }
     return AbilitySamples(name, tuple(kept), settings)
 
@@ -272,7 +272,8 @@ def _fit(samples: Sequence[Sample], max_length: int) -> tuple[list[Sample], int,
     return kept, cut, dropped
 
 
-def _fingerprint(samples: Sequence[Sample]) -> str:
+def fingerprint_samples(samples: Sequence[Sample]) -> str:
+    """SHA-256 over all token ids and answer marks."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(len(sample.input_ids).to_bytes(8, "little"))
