@@ -289,8 +289,10 @@ def test_rows_of_another_form(tokenizers, tmp_path, row, message):
 def test_values_that_are_no_texts(tokenizers, tmp_path):
     data = write_rows(tmp_path / "d.jsonl", [{"q": "1", "a": None, "l": ["x"], "n": 1}])
     ability = {"dataset": str(data), "prompt": "q", "answer": "a"}
-    assert refusal(tokenizers, ability) == 'ability "x": column "a" of sample 0 is empty; expected a text'
-    assert 'column "l" of sample 0 is a list; expected a text' in refusal(tokenizers, ability | {"answer": "{l}!"})
+    assert refusal(tokenizers, ability) == 'ability "x": column "a" of sample 0 (line 1) is empty; expected a text'
+    assert 'column "l" of sample 0 (line 1) is a list; expected a text' in refusal(
+        tokenizers, ability | {"answer": "{l}!"}
+    )
     assert 'has no column "q.upper"' in refusal(tokenizers, ability | {"answer": "{q.upper}"})
     assert '"{q:d}" cannot be filled from sample 0' in refusal(tokenizers, ability | {"answer": "{q:d}"})
 

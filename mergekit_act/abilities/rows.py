@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
+import logging
 import os
 import random
-import string
 from collections import Counter
 from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import IO
+from typing import Any
 
-import datasets
-
+from mergekit_act.abilities.filling import column_values, fill_template
 from mergekit_act.abilities.schema import Ability
+from mergekit_act.abilities.stored import load_folder, load_hub, read_parquet, take_split
+from mergekit_act.abilities.table import Rows, listed, value_text
+from mergekit_act.abilities.text_files import TEXT_READERS
 
 __all__ = ["fill_template", "load_rows", "select_rows"]
 
+LOG = logging.getLogger(__name__)
 
-def load_rows(name: str, ability: Ability) -> datasets.Dataset:
-    """All rows of an ability's data set; texts as they are written, also where they look like numbers or dates.
+# In the order in which messages name them.
+_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".tsv")
+
+
+def load_rows(name: str, ability: Ability) -> Rows:
+    """All rows of an ability's data set, values as they are written.
 
     Args:
         name: the ability's name, for messages.
@@ -29,30 +34,35 @@ def load_rows(name: str, ability: Ability) -> datasets.Dataset:
 
     Raises:
         FileNotFoundError: a local file or folder does not exist.
-        ValueError: ``datasets`` can't load it.
+        ValueError: it can't be read; the line or row is named where there is one.
     """
     source = ability.dataset
     path = Path(source)
-    suffix = next((s for s in reversed(path.suffixes) if s in _READERS), None)
-    if not path.exists() and (suffix or source.startswith((".", "/", "~"))):
+    packed = path.suffix.lower() == ".gz"
+    suffix = (path.with_suffix("") if packed else path).suffix.lower()
+    known = suffix in TEXT_READERS or (suffix == ".parquet" and not packed)
+    if not _exists(path) and (known or source.startswith((".", "/", "~"))):
         raise FileNotFoundError(f'ability "{name}": data set {source} does not exist (relative to {os.getcwd()})')
-    if path.is_file() and suffix is None:
-        raise ValueError(f'ability "{name}": {source} is no data file; expected {", ".join(_READERS)}')
+    if _exists(path) and not path.is_dir() and not (path.is_file() and known):
+        expected = f"expected {', '.join(_SUFFIXES)}, or such a text file with .gz behind its name"
+        raise ValueError(f'ability "{name}": {source} is no data file; {expected}')
     try:
-        if not path.is_file():
-            return datasets.load_dataset(source, ability.name, revision=ability.revision, split=ability.split)
-        rows = _READERS[suffix or ""](path)
-        parts = datasets.ReadInstruction.from_spec(ability.split).to_absolute({"train": len(rows)})
-        return rows.select([place for part in parts for place in range(len(rows))[part.from_ : part.to]])
+        if not _exists(path):
+            return load_hub(source, ability)
+        if path.is_dir():
+            return load_folder(path, ability)
+        rows = TEXT_READERS[suffix](path) if suffix in TEXT_READERS else read_parquet(path)
+        return take_split({"train": rows}, ability.split)
+    except MemoryError:
+        raise
     except Exception as error:  # datasets raises errors of many libraries
-        cause = error.__cause__ or error
+        cause = error.__cause__ if error.__cause__ and not isinstance(error, ValueError) else error
         reason = " ".join(str(cause).split()) or type(cause).__name__
+        reason = reason if len(reason) <= 600 else f"{reason[:600]}…"
         raise ValueError(f'ability "{name}": cannot load split "{ability.split}" of {source}: {reason}') from error
 
 
-def select_rows(
-    name: str, ability: Ability, rows: datasets.Dataset, *, offset: int, samples: int
-) -> tuple[datasets.Dataset, int]:
+def select_rows(name: str, ability: Ability, rows: Rows, *, offset: int, samples: int) -> tuple[Rows, int]:
     """Where, shuffle by seed, skip ``offset``, take ``samples``.
 
     Returns:
@@ -61,24 +71,19 @@ def select_rows(
     Raises:
         ValueError: a column is missing, no row is left, or the values of ``balance`` can't be had equally.
     """
-    for column in (*ability.where, *([ability.balance] if ability.balance else [])):
-        require_column(name, ability, rows, column)
+    columns = [*ability.where, *([ability.balance] if ability.balance else [])]
+    texts = {column: _texts(name, ability, rows, column) for column in columns}
     indices = list(range(len(rows)))
     for column, wanted in ability.where.items():
-        allowed = [str(value) for value in (wanted if isinstance(wanted, list) else [wanted])]
-        values = [str(value) for value in rows[column][:]]
-        indices = [index for index in indices if values[index] in allowed]
-        missing = [value for value in allowed if value not in values]
-        if missing:
-            raise ValueError(
-                f'ability "{name}": no row of {ability.dataset} has {", ".join(map(repr, missing))} in column '
-                f'"{column}"; there are {", ".join(map(repr, sorted(set(values))[:10]))}'
-            )
+        allowed = _allowed(name, ability, texts[column], column, wanted if isinstance(wanted, list) else [wanted])
+        indices = [index for index in indices if texts[column][index] in allowed]
     random.Random(ability.seed).shuffle(indices)
     if ability.balance is None:
         taken = indices[offset : offset + samples]
     else:
-        taken = _balanced(name, ability, [str(value) for value in rows[ability.balance][:]], indices, offset, samples)
+        values = [str(text) for text in texts[ability.balance]]
+        offset, samples = _multiples(name, ability, len({values[index] for index in indices}), offset, samples)
+        taken = _balanced(name, ability, values, indices, offset, samples)
     if not taken:
         raise ValueError(
             f'ability "{name}" has no samples: {ability.dataset} has {len(indices)} rows that match, offset is {offset}'
@@ -86,56 +91,85 @@ def select_rows(
     return rows.select(taken), samples - len(taken)
 
 
-def require_column(name: str, ability: Ability, rows: datasets.Dataset, column: str) -> None:
-    """Raise a ValueError that lists the columns if this one is missing."""
-    if column not in rows.column_names:
-        raise ValueError(
-            f'ability "{name}": {ability.dataset} has no column "{column}"; its columns are '
-            f"{', '.join(rows.column_names)}"
-        )
-
-
-def fill_template(name: str, ability: Ability, rows: datasets.Dataset, template: str) -> list[str]:
-    """One text per row: a column's value, or a format string over columns.
-
-    Raises:
-        ValueError: a column is missing, a value is no text or number, or the format string is malformed.
-    """
-    if template in rows.column_names:
-        template = f"{{{template}}}"
+def _exists(path: Path) -> bool:
     try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-    except ValueError as error:
-        raise ValueError(f'ability "{name}": "{template}" is not a valid format string ({error})') from error
-    if not fields:  # no placeholder: it was meant as a column's name
-        require_column(name, ability, rows, template)
-    for field in fields:
-        require_column(name, ability, rows, field)
-    texts = []
-    for place, row in enumerate(rows.select_columns(list(dict.fromkeys(fields)))):
-        for column, value in row.items():
-            if not isinstance(value, str | int | float):
-                what = "is empty" if value is None else f"is a {type(value).__name__}"
-                raise ValueError(f'ability "{name}": column "{column}" of sample {place} {what}; expected a text')
-        try:
-            texts.append(template.format_map(row))
-        except ValueError as error:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have, also not on the Hub; datasets says so
+        return False
+
+
+def _texts(name: str, ability: Ability, rows: Rows, column: str) -> list[str | None]:
+    """The values of a column by which rows are chosen; None for empty ones."""
+    found = []
+    for place, value in enumerate(column_values(name, ability, rows, column)):
+        if isinstance(value, dict | list):
             raise ValueError(
-                f'ability "{name}": "{template}" cannot be filled from sample {place} ({error})'
-            ) from error
-    return texts
+                f'ability "{name}": column "{column}" of {rows.origin(place)} is a {type(value).__name__}; expected '
+                "texts or numbers to choose rows by"
+            )
+        found.append(None if value is None else value_text(value) or str(value))
+    return found
+
+
+def _allowed(
+    name: str, ability: Ability, texts: Sequence[str | None], column: str, wanted: Sequence[Any]
+) -> set[str | None]:
+    """Those of a column's values that are wanted."""
+    values = dict.fromkeys(texts)
+    allowed: set[str | None] = set()
+    missing = []
+    for one in wanted:
+        same = {value for value in values if _is_meant(one, value)}
+        allowed |= same
+        if not same:
+            missing.append("null" if one is None else repr(value_text(one) or str(one)))
+    if missing:
+        there = sorted("null" if value is None else repr(value) for value in values)
+        raise ValueError(
+            f'ability "{name}": no row of {ability.dataset} has {listed(missing)} in column "{column}"; there are '
+            f"{listed(there)}"
+        )
+    return allowed
+
+
+def _is_meant(wanted: Any, value: str | None) -> bool:
+    """Whether a value is what the abilities file says: YAML makes numbers and truths of what data may hold as texts."""
+    if wanted is None or value is None:
+        return wanted is value
+    if isinstance(wanted, bool):
+        return value.casefold() == str(wanted).casefold()
+    if isinstance(wanted, int | float):
+        try:
+            return Decimal(value) == Decimal(str(wanted))
+        except InvalidOperation:
+            return False
+    return str(wanted) == value
+
+
+def _multiples(name: str, ability: Ability, kinds: int, offset: int, samples: int) -> tuple[int, int]:
+    """Numbers that nobody wrote down become multiples of the number of values: ``samples`` fewer, ``offset`` more."""
+    written = ability.model_fields_set
+    if kinds and "offset" not in written and offset == ability.offset:
+        offset += -offset % kinds
+    if kinds and "samples" not in written and samples == ability.samples and samples % kinds and samples > kinds:
+        LOG.warning(
+            'ability "%s": %d samples in place of %d, equal numbers of the %d values of "%s"',
+            name, samples - samples % kinds, samples, kinds, ability.balance,
+        )  # fmt: skip
+        samples -= samples % kinds
+    return offset, samples
 
 
 def _balanced(
     name: str, ability: Ability, values: Sequence[str], indices: Sequence[int], offset: int, samples: int
 ) -> list[int]:
     kinds = sorted({values[index] for index in indices})
-    if samples % len(kinds) or offset % len(kinds):
+    if kinds and (samples % len(kinds) or offset % len(kinds)):
         raise ValueError(
             f'ability "{name}": samples {samples} and offset {offset} cannot be divided equally among the '
             f'{len(kinds)} values of "{ability.balance}"; use multiples of {len(kinds)}'
         )
-    skip, take = offset // len(kinds), samples // len(kinds)
+    skip, take = (offset // len(kinds), samples // len(kinds)) if kinds else (0, 0)
     seen: Counter[str] = Counter()
     taken = []
     for index in indices:
@@ -147,38 +181,6 @@ def _balanced(
     if short:
         raise ValueError(
             f'ability "{name}": column "{ability.balance}" needs {take} rows of each value after skipping {skip}; '
-            + ", ".join(f"{kind!r} has {max(0, count)}" for kind, count in short.items())
+            + listed([f"{kind!r} has {max(0, count)}" for kind, count in short.items()])
         )
     return taken
-
-
-def _read_json(path: Path) -> datasets.Dataset:
-    """A list of objects, or one object per line. The loader of ``datasets`` would make dates of texts that look so."""
-    with _open_text(path) as file:
-        text = file.read()
-    is_list = text.lstrip().startswith("[")
-    content = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
-    if not content or not all(isinstance(row, dict) for row in content):
-        raise ValueError("expected a list of objects, or one object per line")
-    columns = dict.fromkeys(column for row in content for column in row)
-    return datasets.Dataset.from_dict({column: [row.get(column) for row in content] for column in columns})
-
-
-def _read_csv(path: Path) -> datasets.Dataset:
-    """All columns as texts: a guess would make 1.5 of 1.50, and nothing of NA."""
-    with _open_text(path) as file:
-        texts = datasets.Features(dict.fromkeys(next(csv.reader(file), []), datasets.Value("string")))
-    return datasets.load_dataset("csv", data_files=str(path), keep_default_na=False, features=texts, split="train")
-
-
-def _read_parquet(path: Path) -> datasets.Dataset:
-    return datasets.load_dataset("parquet", data_files=str(path), split="train")
-
-
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-_READERS = {".json": _read_json, ".jsonl": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -20,7 +20,7 @@ from mergekit_act.abilities.schema import AbilitiesFile
 from mergekit_act.abilities.templates import ChatTemplate, read_template
 from mergekit_act.abilities.tokenising import Tokenizers, tokenise
 
-__all__ = ["AbilitySamples", "Sample", "Tokenizers", "collect_samples"]
+__all__ = ["AbilitySamples", "Sample", "Tokenizers", "collect_samples", "fingerprint_samples"]
 
 LOG = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def collect_samples(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> A
         "remarks": count_remarks(made.remarks),
         "prompts_cut": cut,
         "samples_dropped": dropped,
-        "fingerprint": _fingerprint(kept),
+        "fingerprint": fingerprint_samples(kept),
     }
     return AbilitySamples(name, tuple(kept), settings)
 
@@ -221,7 +221,8 @@ def _fit(made: _Made, max_length: int) -> tuple[list[Sample], int, int, bool]:
     return kept, cut, dropped, crowded
 
 
-def _fingerprint(samples: Sequence[Sample]) -> str:
+def fingerprint_samples(samples: Sequence[Sample]) -> str:
+    """SHA-256 over all token ids and answer marks."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(len(sample.input_ids).to_bytes(8, "little"))

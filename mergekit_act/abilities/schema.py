@@ -20,14 +20,25 @@ __all__ = ["AbilitiesFile", "Ability", "Evaluation", "load_abilities"]
 RESERVED_NAMES = ("weight", "random")
 
 
+# Of a data set of its own: keys of an ability that say which rows, and how they are read.
+_OF_A_DATA_SET = ("name", "revision", "prompt", "answer", "where")
+
+
 class Evaluation(BaseModel):
     """Which held-out rows measure an ability, and how answers are read.
 
-    Without ``split`` and ``offset`` they are the rows behind the profiled ones; in another split, its first.
+    Without ``split`` and ``offset`` they are the rows behind the profiled ones; in another split, its first. With a
+    ``dataset`` of its own they are the first of that one's split ``train``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    dataset: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    prompt: str | None = None
+    answer: str | None = None
+    where: dict[str, Any] = Field(default_factory=dict)
     split: str | None = None
     offset: int | None = Field(default=None, ge=0)
     samples: int = Field(default=200, ge=1)
@@ -42,6 +53,20 @@ class Evaluation(BaseModel):
         except re.error as error:
             raise ValueError(f'"{extract}" is no regular expression ({error})') from error
         return extract
+
+    @field_validator("prompt", "answer", mode="before")
+    @classmethod
+    def _check_quotes(cls, text: Any) -> Any:
+        return _quoted(text)
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluation:
+        foreign = [key for key in _OF_A_DATA_SET if key in self.model_fields_set]
+        if foreign and self.dataset is None:
+            raise ValueError(f'{" and ".join(foreign)} of "evaluate" go with a "dataset" of its own; give it too')
+        if len({"prompt", "answer"} & self.model_fields_set) == 1 or (self.prompt is None) != (self.answer is None):
+            raise ValueError("prompt and answer go together: give both, or neither to keep the ability's")
+        return self
 
 
 class Ability(BaseModel):
@@ -67,12 +92,17 @@ class Ability(BaseModel):
     seed: int = 0
     evaluate: Evaluation = Field(default_factory=Evaluation)
 
+    @field_validator("prompt", "answer", mode="before")
+    @classmethod
+    def _check_quotes(cls, text: Any) -> Any:
+        return _quoted(text)
+
     @model_validator(mode="after")
     def _check(self) -> Ability:
         if (self.prompt is None) != (self.answer is None):
             raise ValueError("prompt and answer go together: give both, or neither for messages or input_ids")
         held_out = self.evaluate
-        if held_out.offset is not None and held_out.split in (None, self.split):
+        if held_out.dataset is None and held_out.offset is not None and held_out.split in (None, self.split):
             first, last = held_out.offset, held_out.offset + held_out.samples
             if first < self.offset + self.samples and last > self.offset:
                 raise ValueError(
@@ -84,12 +114,18 @@ class Ability(BaseModel):
     def held_out(self) -> Ability:
         """The same ability with the rows that ``evaluate`` names in place of the profiled ones."""
         held_out = self.evaluate
-        same_split = held_out.split in (None, self.split)
-        offset = held_out.offset
-        if offset is None:
-            offset = self.offset + self.samples if same_split else 0
-        update = {"split": held_out.split or self.split, "offset": offset, "samples": held_out.samples}
-        return self.model_copy(update=update)
+        written = held_out.model_fields_set & {"samples", "offset"}
+        update: dict[str, Any] = {"samples": held_out.samples, "offset": held_out.offset or 0}
+        if held_out.dataset is None:
+            if held_out.offset is None and held_out.split in (None, self.split):
+                update["offset"] = self.offset + self.samples
+            update["split"] = held_out.split or self.split
+        else:
+            update |= {"split": held_out.split or "train", "balance": None, "dataset": held_out.dataset}
+            kept = {"prompt", "answer"} - held_out.model_fields_set
+            update |= {key: getattr(held_out, key) for key in _OF_A_DATA_SET if key not in kept}
+        written |= self.model_fields_set - {"samples", "offset"}
+        return Ability.model_construct(_fields_set=written, **(dict(self) | update))
 
 
 class AbilitiesFile(BaseModel):
@@ -144,10 +180,13 @@ class AbilitiesFile(BaseModel):
         return abilities
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Raise a ValueError if one of these is no ability of the file."""
+        """Raise a ValueError if one of these is no ability of the file, or is named twice."""
         unknown = sorted(set(names) - set(self.abilities))
         if unknown:
             raise ValueError(f'there is no ability "{unknown[0]}"; there are {", ".join(self.abilities)}')
+        twice = sorted({name for name in names if list(names).count(name) > 1})
+        if twice:
+            raise ValueError(f'ability "{twice[0]}" is named twice')
 
 
 def load_abilities(path: str | Path) -> AbilitiesFile:
@@ -163,6 +202,13 @@ def load_abilities(path: str | Path) -> AbilitiesFile:
     except ValidationError as error:
         problems = sorted(_sentence(detail) for detail in error.errors())
         raise ValueError(f"{escape(path)}: {enumerate_some(problems, '; ')}") from error
+
+
+def _quoted(text: Any) -> Any:
+    """YAML makes a mapping of a format string without quotes that begins with a brace."""
+    if isinstance(text, dict | list):
+        raise ValueError('a format string that begins with a brace needs quotes in YAML: "{column}"')
+    return text
 
 
 def _sentence(detail: Any) -> str:

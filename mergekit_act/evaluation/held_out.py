@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_act.abilities import AbilitiesFile, Ability, AbilitySamples, Sample, Tokenizers, collect_samples
+from mergekit_act.abilities.samples import fingerprint_samples
 
 __all__ = ["HeldOut", "collect_held_out"]
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,9 @@ class HeldOut:
 def collect_held_out(file: AbilitiesFile, tokenizers: Tokenizers, names: Sequence[str] | None = None) -> list[HeldOut]:
     """Load the held-out samples of abilities.
 
+    A held-out sample is another one than all profiled samples of its ability: one with the same token ids, as two
+    equal rows give, is left out, which is told.
+
     Args:
         file: the abilities file.
         tokenizers: of the file's pair.
@@ -107,41 +114,82 @@ def collect_held_out(file: AbilitiesFile, tokenizers: Tokenizers, names: Sequenc
         ValueError: as ``collect_samples``; an ability has no held-out samples, or there is no such ability.
     """
     file.check_names(names or ())
+    chosen = list(dict.fromkeys(file.abilities if names is None else names))
+    collected = [_collect(file, name, tokenizers) for name in chosen]
+    profiled = {name: _profiled(file, name, tokenizers) for name in chosen}
     found = []
-    for name in dict.fromkeys(file.abilities if names is None else names):
-        ability = file.abilities[name]
-        held_out = ability.held_out()
-        try:
-            data = collect_samples(file.model_copy(update={"abilities": {name: held_out}}), name, tokenizers)
-        except ValueError as error:
-            if "has no samples" not in str(error):
-                raise
-            raise ValueError(
-                f"{error} (held-out samples: {held_out.samples} of split {held_out.split} from {held_out.offset} on; "
-                'the keys "split", "offset" and "samples" of "evaluate" say which)'
-            ) from error
-        if _may_overlap(ability):
-            _check_overlap(name, collect_samples(file, name, tokenizers), data)
-        settings = ability.evaluate
+    for name, data in zip(chosen, collected, strict=True):
+        data = _without_profiled(name, file.abilities[name], data, profiled[name])
+        for other in chosen:
+            common = sum(_key(sample) in profiled[other] for sample in data.samples)
+            if common:
+                LOG.warning(
+                    'ability "%s": %d of %d held-out samples are among the profiled ones of "%s"',
+                    name, common, len(data.samples), other,
+                )  # fmt: skip
+        settings = file.abilities[name].evaluate
         extract = None if settings.extract is None else re.compile(settings.extract, re.DOTALL)
-        found.append(HeldOut(name, ability.role, data, extract, settings.max_new_tokens, tokenizers.target))
+        found.append(
+            HeldOut(name, file.abilities[name].role, data, extract, settings.max_new_tokens, tokenizers.target)
+        )
     return found
+
+
+def _collect(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> AbilitySamples:
+    held_out = file.abilities[name].held_out()
+    try:
+        return collect_samples(file.model_copy(update={"abilities": {name: held_out}}), name, tokenizers)
+    except ValueError as error:
+        if "has no samples" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} (held-out samples: {held_out.samples} of split {held_out.split} from {held_out.offset} on; "
+            'the keys "split", "offset" and "samples" of "evaluate" say which)'
+        ) from error
+
+
+def _profiled(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> set[bytes]:
+    """The profiled samples of an ability, as keys. What there is to tell of them was told when they were profiled."""
+    log = logging.getLogger(collect_samples.__module__)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return {_key(sample) for sample in collect_samples(file, name, tokenizers).samples}
+    except (FileNotFoundError, ValueError) as error:
+        if file.abilities[name].evaluate.dataset is None:
+            raise
+        LOG.warning('ability "%s": held-out samples were not compared with the profiled ones: %s', name, error)
+        return set()
+    finally:
+        log.setLevel(before)
+
+
+def _key(sample: Sample) -> bytes:
+    return sample.input_ids.numpy().tobytes()
 
 
 def _may_overlap(ability: Ability) -> bool:
     """Whether profiled and held-out rows can be the same: slices of one split, as in ``train[:1000]``."""
     ours, theirs = ability.split, ability.evaluate.split or ability.split
-    return ours != theirs and ours.partition("[")[0] == theirs.partition("[")[0]
+    return ability.evaluate.dataset is None and ours != theirs and ours.partition("[")[0] == theirs.partition("[")[0]
 
 
-def _check_overlap(name: str, profiled: AbilitySamples, held_out: AbilitySamples) -> None:
-    seen = {tuple(sample.input_ids.tolist()) for sample in profiled.samples}
-    common = sum(tuple(sample.input_ids.tolist()) in seen for sample in held_out.samples)
-    if common:
-        raise ValueError(
-            f'ability "{name}": {common} of {len(held_out.samples)} held-out samples are among the profiled ones; '
-            'choose another "split" or "offset" under "evaluate"'
-        )
+def _without_profiled(name: str, ability: Ability, data: AbilitySamples, profiled: set[bytes]) -> AbilitySamples:
+    """The samples that were not profiled, of the data set that ``data`` tells.
+
+    Raises:
+        ValueError: none is left, or the splits may be slices that overlap.
+    """
+    kept = tuple(sample for sample in data.samples if _key(sample) not in profiled)
+    common = len(data.samples) - len(kept)
+    if not common:
+        return data
+    told = f'ability "{name}": {common} of {len(data.samples)} held-out samples are among the profiled ones'
+    if not kept or _may_overlap(ability):
+        raise ValueError(f'{told}; choose another "split" or "offset" under "evaluate", or mend rows that stand twice')
+    LOG.warning("%s and left out", told)
+    settings = data.data | {"duplicates_left_out": common, "fingerprint": fingerprint_samples(kept)}
+    return AbilitySamples(name, kept, settings)
 
 
 def _answer_start(sample: Sample) -> int:
