@@ -435,7 +435,8 @@ def test_the_answer_ends_with_the_turn_and_not_behind_it(collect):
 
 def test_generation_ends_where_any_right_answer_ends(tokenizer_folder, tmp_path):
     (tmp_path / "own.jinja").write_text(GPT_OSS)
-    rows = [chat(ASK, CALL), chat(ASK, ANSWER), chat(ASK, CALL), chat(ASK, ANSWER)]
+    asked = [ASK | {"content": f"Weather on day {day}?"} for day in range(4)]
+    rows = [chat(ask, answer) for ask, answer in zip(asked, (CALL, ANSWER) * 2, strict=True)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ability = {"dataset": str(tmp_path / "rows.jsonl"), "samples": 1, "evaluate": {"samples": 3}}
     file = AbilitiesFile(
