@@ -37,6 +37,7 @@ __all__ = [
     "TensorHeader",
     "local_folder",
     "merged_model",
+    "model_name",
     "open_checkpoint",
     "parse_reference",
     "quantisation",
@@ -160,11 +161,11 @@ class Checkpoint:
 
     def describe(self) -> dict[str, str | None]:
         """What a profile records of it: Hub reference and revision, or a local folder's name; and its fingerprint."""
-        name, revision = _named(self.reference.model.path)
+        name, revision = model_name(self.reference.model.path)
         if self.reference.lora is not None:
-            name += "+" + _named(self.reference.lora.path)[0]
+            name += "+" + model_name(self.reference.lora.path)[0]
         if not os.path.exists(self.reference.model.path):
-            revision = _named(str(self.folder))[1] or self.reference.model.revision
+            revision = model_name(str(self.folder))[1] or self.reference.model.revision
         return {"model": name, "revision": revision, "fingerprint": self.fingerprint}
 
     def parameter_name(self, stored: str) -> str:
@@ -396,7 +397,7 @@ def quantisation(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _named(path: str) -> tuple[str, str | None]:
+def model_name(path: str) -> tuple[str, str | None]:
     """A model's name for people, and its revision if the path tells: folders of the Hub's cache do."""
     if not os.path.exists(path):
         return path, None

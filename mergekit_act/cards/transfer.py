@@ -23,7 +23,7 @@ from mergekit_act.cards.markdown import (
 from mergekit_act.cards.masks import MaskFile, Source
 from mergekit_act.cards.recipe import Recipe, requirements, shell_line
 from mergekit_act.checking.summary import CheckSummary
-from mergekit_act.checkpoints import parse_reference
+from mergekit_act.checkpoints import model_name, parse_reference
 from mergekit_act.report.listings import describe_selection
 from mergekit_act.report.tables import percent
 
@@ -155,9 +155,10 @@ def _local_name(reference: str) -> str:
 
 
 def _link(reference: str) -> str:
-    """A model reference of a merge config, linked if it is on the Hub; of a local folder the name."""
-    if not _is_hub_id(reference):
-        return _local_name(reference)
+    """A model reference of a merge config, linked if it is on the Hub or from its cache; of a local folder the name."""
     model = parse_reference(reference).model
-    tree = f"/tree/{model.revision}" if model.revision else ""
-    return f"[{plain(reference)}](https://huggingface.co/{model.path}{tree})"
+    name, revision = model_name(model.path)
+    if not (_is_hub_id(reference) or revision):
+        return _local_name(reference)
+    tree = f"/tree/{revision or model.revision}" if revision or model.revision else ""
+    return f"[{plain(f'{name}@{revision}' if revision else reference)}](https://huggingface.co/{name}{tree})"

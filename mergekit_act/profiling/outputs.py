@@ -76,7 +76,7 @@ class OutputForms:
         named = ", ".join(f'"{module}" {list(shape)}' for module, shape in list(unclear.items())[:10])
         raise ValueError(
             f"{self._name}: the token positions in these outputs cannot be told: {named}. Leave them out with "
-            + " ".join(f"--exclude '{kind}'" for kind in dict.fromkeys(map(kind_pattern, unclear)))
+            + _exclude_options(list(unclear), self._layout.modules)
         )
 
     def _check_seen(self, modules: Sequence[str], outputs: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class OutputForms:
             raise ValueError(
                 f"{self._name}: {len(unseen)} modules with channels put nothing out that can be observed: "
                 f"{', '.join(unseen[:10])}. Where text alone does not reach them, leave them out with --exclude, "
-                f"such as --exclude '{kind_pattern(unseen[0])}'"
+                f"such as {_exclude_options(unseen, self._layout.modules)}"
             )
 
     def _axes(
@@ -120,6 +120,20 @@ class OutputForms:
         rows = batch.answer_rows(output, self.token_axes[module])
         # Elsewhere the rows are a copy, and the whole output need not wait.
         return KeptOutput(rows, output, output._version) if output.device.type == "cpu" else KeptOutput(rows)
+
+
+def _exclude_options(modules: Sequence[str], all_modules: Sequence[str]) -> str:
+    """The options that leave modules out: one for a part of the model of which no module stays, else for each kind."""
+    kept = [f"{module}." for module in all_modules if module not in modules]
+    kinds: list[str] = []
+    for module in modules:
+        parts = module.split(".")
+        prefixes = (".".join(parts[:length]) + "." for length in range(2, len(parts)))
+        whole = next((prefix for prefix in prefixes if not any(name.startswith(prefix) for name in kept)), None)
+        kinds.append(kind_pattern(module) if whole is None else f"{kind_pattern(whole[:-1])}.*")
+    kinds = list(dict.fromkeys(kinds))
+    more = f" and {len(kinds) - 8} more kinds" if len(kinds) > 8 else ""
+    return " ".join(f"--exclude '{kind}'" for kind in kinds[:8]) + more
 
 
 def _heads_come_last(shorter: Any, output: Any, length: int) -> bool:

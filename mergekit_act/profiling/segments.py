@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_act.channels import is_expert_weight, is_fused_experts, is_router
+from mergekit_act.channels import is_expert_weight, is_fused_experts, is_router, kind_pattern
 from mergekit_act.profiling.experts import can_observe_experts, observed_forward, router_logits
 
 __all__ = ["Carried", "Observer", "SegmentedModel"]
 
 Observer = Callable[[str, Any], None]
 
-_REFUSED_EXPERTS = '{}: the experts of "{}" do not show their outputs; it cannot be profiled'
+_REFUSED_EXPERTS = (
+    '{}: the experts of "{}" do not show their outputs; it cannot be profiled with them. '
+    "Leave them out with --exclude '{}'"
+)
 
 
 @dataclass
@@ -84,7 +87,7 @@ class SegmentedModel:
         plain = [name for name in modules if _owner(name) not in experts]
         for name in plain:
             if is_expert_weight(self.model.get_submodule(name)):
-                raise ValueError(_REFUSED_EXPERTS.format(self.name, name))
+                raise ValueError(_REFUSED_EXPERTS.format(self.name, name, kind_pattern(name)))
         handles = [self.model.get_submodule(name).register_forward_hook(self._hook(name)) for name in plain]
         try:
             with ExitStack() as stack:
@@ -117,7 +120,7 @@ class SegmentedModel:
     def _experts(self, name: str) -> nn.Module:
         module = self.model.get_submodule(name)
         if not can_observe_experts(module):
-            raise ValueError(_REFUSED_EXPERTS.format(self.name, name))
+            raise ValueError(_REFUSED_EXPERTS.format(self.name, name, f"{kind_pattern(name)}.*"))
         return module
 
     def embed(self, input_ids: Tensor, observer: Observer | None = None) -> Carried:
