@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,7 +130,8 @@ def collect_samples(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> A
         "samples_dropped": dropped,
         "fingerprint": _fingerprint(kept),
     }
-    return AbilitySamples(name, tuple(kept), settings)
+    # They end up in JSON, after all the work; YAML makes dates of some values.
+    return AbilitySamples(name, tuple(kept), json.loads(json.dumps(settings, default=str)))
 
 
 def _load_tokenizer(reference: str, trust_remote_code: bool) -> Any:
