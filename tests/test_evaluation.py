@@ -304,3 +304,21 @@ def test_a_model_in_place_of_a_file_is_not_written_to(run, tmp_path):
     done = run("--json", str(tmp_path / "model"))
     assert done.exit_code == 2
     assert "does not end with .json" in done.output
+
+
+def test_folders_in_the_place_of_outputs_are_told_before_anything_is_loaded(run, tmp_path):
+    (tmp_path / "r.json").mkdir()
+    done = run("no-such-model", "--json", tmp_path / "r.json", "--overwrite")
+    assert done.exit_code == 1
+    assert "r.json: a folder, which no file can replace; choose another name" in done.output
+
+
+def test_dates_that_yaml_makes_of_settings_are_written_down(pair_of, abilities_yml, sums_file, tmp_path):
+    target, ability = pair_of("qwen2")
+    file = abilities_yml(target, ability, sums_file, top="template_kwargs: {date: 2024-07-26}", ability_keys=HELD_OUT)
+    arguments = ["--ability", "sums", "--ability", "sums", "--no-generate", "--json", str(tmp_path / "r.json")]
+    done = CliRunner().invoke(main, ["evaluate", str(target), "--abilities", str(file), *arguments])
+    assert done.exit_code == 0, (done.output, done.exception)
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["abilities"]["sums"]["template_kwargs"] == {"date": "2024-07-26"}
+    assert len(written["results"]) == 1  # an ability that is named twice is measured once

@@ -349,3 +349,30 @@ def test_frontier_and_best_point_by_hand():
     assert best_point(scores, target, 1.0) == scores[4]
     assert best_point([score(None, 0.3), score(None, 0.4)], score(None, 0.1), 0.0).recover == 0.4
     assert best_point(scores[2:3], score(0.8, 0.2), 1.0) is None  # recovers nothing
+
+
+@pytest.mark.parametrize("name", ["best.yml", "sweep.svg"])
+def test_folders_in_the_place_of_outputs_are_told_before_the_sweep(swept, tmp_path, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    given = swept("qwen2")
+    for options in ([], ["--overwrite"]):
+        done = sweep(*given, tmp_path / "out", *options)
+        assert done.exit_code == 1
+        assert f"{name}: a folder, which no file can replace" in done.output
+    assert not (tmp_path / "out" / "sweep.csv").exists()
+
+
+def test_what_is_generated_is_tried_before_the_points(swept, tmp_path):
+    config, abilities = swept("qwen2")
+    out, grid = tmp_path / "out", ["--density", "0.1", "--weight", "0.5"]
+    assert sweep(config, abilities, out, *grid).exit_code == 0
+    kept = json.loads((out / "frontier.json").read_text())
+    assert "target" in kept
+    (out / "frontier.json").write_text("{")
+    done = sweep(config, abilities, out, *grid, "--density", "0.2")
+    assert done.exit_code == 1
+    assert "frontier.json cannot be read" in done.output
+    assert len(list(csv.DictReader((out / "sweep.csv").open()))) == 2  # no point was scored before
+    (out / "frontier.json").unlink()
+    assert sweep(config, abilities, out, *grid).exit_code == 0
+    assert json.loads((out / "frontier.json").read_text()) == kept

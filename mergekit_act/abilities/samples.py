@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -107,7 +108,8 @@ def collect_samples(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> A
         "samples_dropped": dropped,
         "fingerprint": fingerprint_samples(kept),
     }
-    return AbilitySamples(name, tuple(kept), settings)
+    # They end up in JSON, after all the work; YAML makes dates of some values.
+    return AbilitySamples(name, tuple(kept), json.loads(json.dumps(settings, default=str)))
 
 
 @dataclass

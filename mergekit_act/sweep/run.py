@@ -29,6 +29,7 @@ from mergekit_act.evaluation import HeldOut, NotFiniteError, collect_held_out, g
 from mergekit_act.files import check_free, check_writable, write_atomically
 from mergekit_act.models import check_samples_fit, load_model
 from mergekit_act.recipes import keep_recipe
+from mergekit_act.report import check_drawing
 from mergekit_act.sweep.config import SweptConfig
 from mergekit_act.sweep.grid import Point
 from mergekit_act.sweep.patching import PatchedModel
@@ -108,6 +109,7 @@ def run_sweep(
     """
     roles = _roles(file)
     check_writable(out_dir)
+    check_drawing()
     if quiet:
         disable_progress_bar()
     options = MergeOptions(lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code, quiet=True)
@@ -127,7 +129,11 @@ def run_sweep(
     model = load_model(target, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     sweep = _Sweep(config, held_out, PatchedModel(model, dtype), options, batch_tokens)
     scores = ScoreFile(out_dir / "sweep.csv", roles)
-    own = sweep.score_all(scores, grid, quiet)
+    kept = _read_matches(out_dir / "frontier.json")
+    own = sweep.score_target(scores)
+    if generate:  # of the target first: a model that can't generate is told before hours of scoring
+        sweep.generate_all(out_dir / "frontier.json", kept, [own], quiet=True)
+    sweep.score_all(scores, grid, quiet)
     found = [score for score in scores.scores if score.point is not None]  # of smaller grids before too
     best, front = best_point(found, own, keep_within), frontier(found)
     if best is not None and best.point is not None:
@@ -135,7 +141,7 @@ def run_sweep(
         write_atomically(out_dir / "best.yml", text.encode(), overwrite=True)
     else:
         (out_dir / "best.yml").unlink(missing_ok=True)
-    matches = sweep.generate_all(out_dir / "frontier.json", [own, *front], quiet) if generate else {}
+    matches = sweep.generate_all(out_dir / "frontier.json", kept, [own, *front], quiet) if generate else {}
     return SweepResult(
         own, found, front, matches, best, roles, config.layout.channel_count(), config.layout.parameter_count()
     )
@@ -158,18 +164,22 @@ class _Sweep:
         self._moved = (0, 0)
         self._models = [parse_reference(model) for model in config.models]
 
-    def score_all(self, scores: ScoreFile, grid: Sequence[Point], quiet: bool) -> Score:
-        """Score what is not scored yet; returns the target's score."""
+    def score_target(self, scores: ScoreFile) -> Score:
+        """The target's own score, measured if it is not there yet."""
         own = scores.find(None)
+        if own is not None:
+            return own
+        started = time.monotonic()
+        try:
+            nll = self._nll()
+        except NotFiniteError as error:
+            raise ValueError(f"{self.config.target}: {error}") from error
+        return scores.add(None, nll, channels=0, parameters=0, seconds=time.monotonic() - started)
+
+    def score_all(self, scores: ScoreFile, grid: Sequence[Point], quiet: bool) -> None:
+        """Score what is not scored yet."""
         todo = [point for point in grid if scores.find(point) is None]
         with tqdm(total=len(todo), unit="point", desc="sweep", disable=quiet) as bar:
-            if own is None:
-                started = time.monotonic()
-                try:
-                    nll = self._nll()
-                except NotFiniteError as error:
-                    raise ValueError(f"{self.config.target}: {error}") from error
-                own = scores.add(None, nll, channels=0, parameters=0, seconds=time.monotonic() - started)
             for point in todo:
                 started = time.monotonic()
                 with self._at(point) as (channels, parameters):
@@ -181,11 +191,11 @@ class _Sweep:
                 score = scores.add(point, nll, channels=channels, parameters=parameters, seconds=seconds)
                 bar.update()
                 bar.set_postfix(recover=f"{score.recover:.3f}", keep=f"{score.keep or 0:.3f}")
-        return own
 
-    def generate_all(self, path: Path, scores: Sequence[Score], quiet: bool) -> dict[Point | None, dict[str, float]]:
-        """Exact match of greedy answers for the points on the frontier and the target; kept in a file."""
-        kept: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    def generate_all(
+        self, path: Path, kept: dict[str, dict[str, float]], scores: Sequence[Score], quiet: bool
+    ) -> dict[Point | None, dict[str, float]]:
+        """Exact match of greedy answers for points; what is kept of them is in a file."""
         found = {}
         for score in tqdm(scores, unit="point", desc="generation", disable=quiet):
             key = "target" if score.point is None else f"{score.point.density!r} {score.point.weights!r}"
@@ -270,6 +280,17 @@ def _recipe(
     }
 
 
+def _read_matches(path: Path) -> dict[str, dict[str, float]]:
+    """What was generated before."""
+    try:
+        kept: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if any(not isinstance(matches, dict) for matches in kept.values()):
+            raise ValueError("a point has no matches")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove it, and it is made again") from error
+    return kept
+
+
 def _roles(file: AbilitiesFile) -> Roles:
     roles = Roles(*(tuple(n for n, a in file.abilities.items() if a.role == role) for role in ("recover", "keep")))
     if not roles.recover:
@@ -282,6 +303,7 @@ def _roles(file: AbilitiesFile) -> Roles:
 def _claim(out_dir: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
     """See that a folder has nothing of these names, or a sweep of this recipe."""
     paths = [out_dir / name for name in FILES]
+    check_free(paths, overwrite=True)  # none is a folder
     if overwrite:
         for path in paths:
             path.unlink(missing_ok=True)
