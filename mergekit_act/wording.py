@@ -43,11 +43,17 @@ def shorten(text: object, length: int = LONGEST) -> str:
 
 
 def enumerate_some(items: Iterable[object], separator: str = ", ", *, most: int = 10) -> str:
-    """The first items of a list, together of at most about 1,500 characters, and how many more there are.
+    """The first items of a list, whole as long as they have at most about 1,500 characters, and how many more there are.
 
     >>> enumerate_some("abcd", most=2)
     'a, b, and 2 more'
     """
     found = list(items)
-    shown = [shorten(item, 1500 // min(most, len(found))) for item in found[:most]]
-    return separator.join([*shown, *([f"and {len(found) - most} more"] if len(found) > most else [])])
+    shown: list[str] = []
+    for item in found[:most]:
+        text = shorten(item, 1000)
+        if shown and sum(map(len, shown)) + len(text) > 1500:
+            break
+        shown.append(text)
+    more = len(found) - len(shown)
+    return separator.join([*shown, *([f"and {more} more"] if more else [])])
