@@ -43,7 +43,7 @@ def shorten(text: object, length: int = LONGEST) -> str:
 
 
 def enumerate_some(items: Iterable[object], separator: str = ", ", *, most: int = 10) -> str:
-    """The first items of a list, whole as long as they have at most about 1,500 characters, and how many more there are.
+    """The first items of a list, whole while they have at most about 1,500 characters, and how many more there are.
 
     >>> enumerate_some("abcd", most=2)
     'a, b, and 2 more'

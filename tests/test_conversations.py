@@ -138,9 +138,9 @@ def collect(tokenizer_folder, tmp_path):
     """Samples of rows with a template: their texts, their answers, and their data."""
     tokenizers = Tokenizers(str(tokenizer_folder), str(tokenizer_folder))
 
-    def get(rows: list[dict], own: str | None = CHATML, ability: dict | None = None, **top):
+    def get(rows: list[dict | str], own: str | None = CHATML, ability: dict | None = None, **top):
         data = tmp_path / "rows.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
         if own is not None:
             (tmp_path / "own.jinja").write_text(own)
             top = {"chat_template": str(tmp_path / "own.jinja")} | top
@@ -349,6 +349,18 @@ def test_tool_calls_before_the_answer_need_no_content(collect, caplog):
     assert f'{CALLED}<|im_end|>\n<|im_start|>tool\n{{"degrees": 3}}<|im_end|>' in text
     assert answer == "Three.<|im_end|>"
     assert not warnings(caplog)
+
+
+@pytest.mark.parametrize(
+    ("template", "written"), [(QWEN2, '"arguments": '), (LLAMA3, '"parameters": '), (DEEPSEEK_V3, "weather\n")]
+)
+def test_numbers_in_tool_calls_stay_as_written(collect, template, written):
+    """Also where the template wants the arguments as a JSON text."""
+    arguments = '{"a": 1.50, "b": [1e5, 12345678901234567890, 1.0, -0], "c": null, "d": []}'
+    call = f'{{"function": {{"name": "weather", "arguments": {arguments}}}}}'
+    turns = f'[{json.dumps(ASK)}, {{"role": "assistant", "content": "", "tool_calls": [{call}]}}]'
+    (_,), (answer,), _ = collect([f'{{"messages": {turns}}}'], template)
+    assert written + arguments in answer
 
 
 @pytest.mark.parametrize("arguments", [{"city": "Oslo"}, '{"city": "Oslo"}'])

@@ -281,9 +281,3 @@ def test_mistakes_in_the_file(tmp_path, keys, message):
     path.write_text(f"target: t\nability_model: a\nabilities: {{x: {{dataset: d, {keys}}}}}\n")
     with pytest.raises(ValueError, match=message):
         load_abilities(path)
-
-
-def test_an_ability_that_is_named_twice(tokenizers):
-    file = AbilitiesFile(target="t", ability_model="a", abilities={"x": {"dataset": "d"}})
-    with pytest.raises(ValueError, match='ability "x" is named twice'):
-        collect_held_out(file, tokenizers, ["x", "x"])

@@ -180,13 +180,10 @@ class AbilitiesFile(BaseModel):
         return abilities
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Raise a ValueError if one of these is no ability of the file, or is named twice."""
+        """Raise a ValueError if one of these is no ability of the file."""
         unknown = sorted(set(names) - set(self.abilities))
         if unknown:
             raise ValueError(f'there is no ability "{unknown[0]}"; there are {", ".join(self.abilities)}')
-        twice = sorted({name for name in names if list(names).count(name) > 1})
-        if twice:
-            raise ValueError(f'ability "{twice[0]}" is named twice')
 
 
 def load_abilities(path: str | Path) -> AbilitiesFile:

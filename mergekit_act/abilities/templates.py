@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_act.abilities.conversations import Turn
+from mergekit_act.abilities.table import render_as_written
 
 __all__ = ["FIXED_DATE", "ChatTemplate", "read_template"]
 
@@ -79,15 +80,18 @@ class ChatTemplate:
             if "strftime_now" in source:
                 source = _fixed_clock(date, source) + source
             with _limited_time():
-                return str(
-                    self._tokenizer.apply_chat_template(
-                        list(turns),
-                        tools=list(tools or self._tools or []) or None,
-                        chat_template=source,
-                        tokenize=False,
-                        add_generation_prompt=prompt,
-                        **self._options,
-                    )
+                return render_as_written(
+                    [list(turns), list(tools or self._tools or []) or None],
+                    lambda said: str(
+                        self._tokenizer.apply_chat_template(
+                            said[0],
+                            tools=said[1],
+                            chat_template=source,
+                            tokenize=False,
+                            add_generation_prompt=prompt,
+                            **self._options,
+                        )
+                    ),
                 )
         except Exception as error:  # templates raise what they like
             reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -150,7 +154,9 @@ def _as_object(arguments: Any) -> Any:
 
 
 def _as_text(arguments: Any) -> Any:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    if isinstance(arguments, str):
+        return arguments
+    return render_as_written(arguments, lambda said: json.dumps(said, ensure_ascii=False))
 
 
 def _fixed_clock(date: str, source: str) -> str:
