@@ -25,6 +25,7 @@ from mergekit_act.checking.outputs import promoted_dtype
 from mergekit_act.checking.remarks import plan_remarks
 from mergekit_act.checkpoints import Checkpoint, TensorHeader, quantisation
 from mergekit_act.merging import MaskFiles, TensorSelection, channels_along, load_mask_files
+from mergekit_act.wording import enumerate_some
 
 __all__ = ["PlanCheck", "PlannedTensor"]
 
@@ -222,12 +223,14 @@ class PlanCheck:
         for (model, setting, _), files in self.masks.items():
             if files is None:  # could not be loaded, which is told already
                 continue
-            for module in files.channels:
-                if not outputs & set(files.names_of(module)):
-                    self.problems.append(
-                        f'mask "{setting}" of {model}: no output tensor matches module "{module}". If it is left out '
-                        f"on purpose, make the mask with --exclude '{module}'"
-                    )
+            unmatched = [module for module in files.channels if not outputs & set(files.names_of(module))]
+            if unmatched:
+                named = enumerate_some((f'"{module}"' for module in unmatched), most=3)
+                options = enumerate_some((f"--exclude '{module}'" for module in unmatched), " ", most=3)
+                self.problems.append(
+                    f'mask "{setting}" of {model}: no output tensor matches {named}. If that is left out on purpose, '
+                    f"make the mask with {options}"
+                )
 
     def _check_unmatched(self) -> None:
         """What just the ability model has of a module would be missing beside the rows that are moved."""
