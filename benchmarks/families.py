@@ -151,6 +151,9 @@ EXCLUDED = {
     "qwen3-vl": ("model.visual.*",),
     "mistral3": PROJECTED,
     "gemma3 (multimodal)": PROJECTED,
+    "llama4 (text)": ("model.layers.*.feed_forward.experts.*",),
+    "mamba": ("backbone.layers.*.mixer.dt_proj",),
+    "jamba": ("model.layers.*.mamba.dt_proj",),
 }
 
 
