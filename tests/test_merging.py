@@ -440,7 +440,9 @@ def test_mask_of_another_model(good, pair_of, tmp_path):
     message = refusal(
         act_config(target, (ability, {**parameters, "mask": str(tmp_path / "gpt2.safetensors")})), tmp_path / "out2"
     )
-    assert 'no output tensor matches "transformer.h.0.attn.c_attn"' in message
+    assert message.startswith("Error: mask ")
+    assert 'no output tensor matches "transformer.' in message
+    assert "--exclude 'transformer.h.0.attn.c_attn'" in message
 
 
 def test_models_of_different_width(good, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 from mergekit_act.abilities.rows import fill_template
 from mergekit_act.abilities.schema import Ability
+from mergekit_act.wording import enumerate_some
 
 __all__ = ["REASONING_KEYS", "Conversation", "Turn", "read_conversations"]
 
@@ -66,7 +67,7 @@ def read_conversations(name: str, ability: Ability, rows: Any) -> list[Conversat
         return _join(name, ability, rows, "prompt", "completion")
     raise ValueError(
         f'ability "{name}": {ability.dataset} has neither a "messages" column nor "input_ids" and "labels"; give '
-        f"prompt and answer. Its columns are {', '.join(columns)}"
+        f"prompt and answer. Its columns are {enumerate_some(columns)}"
     )
 
 

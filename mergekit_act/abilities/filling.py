@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergekit_act.abilities.schema import Ability
-from mergekit_act.abilities.table import Rows, listed, value_text
+from mergekit_act.abilities.table import Rows, value_text
+from mergekit_act.wording import enumerate_some
 
 __all__ = ["column_values", "fill_template", "require_column"]
 
@@ -81,7 +82,7 @@ def require_column(name: str, ability: Ability, rows: Rows, column: str) -> None
         hint = "" if re.fullmatch(r"[\w. -]+", column) else "; in a format string, braces that are text are doubled"
         raise ValueError(
             f'ability "{name}": {_short(ability.dataset)} has no column "{_short(column)}"; its columns are '
-            f"{listed(rows.column_names)}{hint}"
+            f"{enumerate_some(rows.column_names)}{hint}"
         )
 
 

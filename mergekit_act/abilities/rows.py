@@ -14,8 +14,9 @@ from typing import Any
 from mergekit_act.abilities.filling import column_values, fill_template
 from mergekit_act.abilities.schema import Ability
 from mergekit_act.abilities.stored import load_folder, load_hub, read_parquet, take_split
-from mergekit_act.abilities.table import Rows, listed, value_text
+from mergekit_act.abilities.table import Rows, value_text
 from mergekit_act.abilities.text_files import TEXT_READERS
+from mergekit_act.wording import enumerate_some
 
 __all__ = ["fill_template", "load_rows", "select_rows"]
 
@@ -126,8 +127,8 @@ def _allowed(
     if missing:
         there = sorted("null" if value is None else repr(value) for value in values)
         raise ValueError(
-            f'ability "{name}": no row of {ability.dataset} has {listed(missing)} in column "{column}"; there are '
-            f"{listed(there)}"
+            f'ability "{name}": no row of {ability.dataset} has {enumerate_some(missing)} in column "{column}"; '
+            f"there are {enumerate_some(there)}"
         )
     return allowed
 
@@ -181,6 +182,6 @@ def _balanced(
     if short:
         raise ValueError(
             f'ability "{name}": column "{ability.balance}" needs {take} rows of each value after skipping {skip}; '
-            + listed([f"{kind!r} has {max(0, count)}" for kind, count in short.items()])
+            + enumerate_some([f"{kind!r} has {max(0, count)}" for kind, count in short.items()])
         )
     return taken

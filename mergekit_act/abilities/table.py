@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol
 
-__all__ = ["ReadRows", "Rows", "Written", "listed", "render_as_written", "value_text"]
+from mergekit_act.wording import enumerate_some
+
+__all__ = ["ReadRows", "Rows", "Written", "render_as_written", "value_text"]
 
 
 class Rows(Protocol):
@@ -118,12 +120,6 @@ def value_text(value: Any) -> str | None:
     return str(value) if isinstance(value, str | int | float) else None
 
 
-def listed(names: Sequence[str], limit: int = 10) -> str:
-    """Names for a message, which stays shorter than a screen."""
-    shown = ", ".join(name if len(name) <= 60 else f"{name[:60]}…" for name in names[:limit])
-    return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
-
-
 def render_as_written(values: Any, render: Callable[[Any], str]) -> str:
     """Render nested values so that their numbers stand in the text as written, also where JSON is made of them.
 
@@ -148,8 +144,8 @@ def render_as_written(values: Any, render: Callable[[Any], str]) -> str:
         texts.append(_restored(text, {f"{mark}.{place:06d}7": found[place] for place in places}))
     if texts[0] != texts[1]:
         raise ValueError(
-            f"the template computes with numbers, so {listed(sorted(set(found)))} can't be kept as written; write such "
-            "numbers as Python does (1.5, 100000.0) or as texts"
+            f"the template computes with numbers, so {enumerate_some(sorted(set(found)))} can't be kept as written; "
+            "write such numbers as Python does (1.5, 100000.0) or as texts"
         )
     return texts[0]
 

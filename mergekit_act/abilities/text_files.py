@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mergekit_act.abilities.table import ReadRows, Written, listed
+from mergekit_act.abilities.table import ReadRows, Written
+from mergekit_act.wording import enumerate_some
 
 __all__ = ["TEXT_READERS", "read_json_value"]
 
@@ -91,7 +92,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise _TwiceError(listed([next(key for key in found if keys.count(key) > 1)]))
+        raise _TwiceError(enumerate_some([next(key for key in found if keys.count(key) > 1)]))
     return found
 
 
@@ -162,7 +163,7 @@ def _table(text: str, mark: str) -> ReadRows:
     _, header = next(records, (0, []))
     twice = [name for name in dict.fromkeys(header) if name and header.count(name) > 1]
     if twice:
-        raise ValueError(f"its header names {listed(twice)} twice; expected columns of different names")
+        raise ValueError(f"its header names {enumerate_some(twice)} twice; expected columns of different names")
     if not any(header):
         raise ValueError("its first line names no columns")
     rows, origins = [], []
