@@ -88,6 +88,10 @@ def write_profiles(
         )
         if processes.rank == 0:
             processes.wait()
+        abilities = []
+        if criterion == "activation":  # first, so that what is wrong with the data is told, whatever the models are
+            tokenizers = Tokenizers(file.target, file.ability_model, trust_remote_code)
+            abilities = [collect_samples(file, name, tokenizers) for name in file.abilities]
         if pair.target.fingerprint == pair.ability_model.fingerprint:
             raise ValueError(f"{file.target} and {file.ability_model} are the same model; there is nothing to transfer")
         if criterion != "activation":
@@ -97,8 +101,6 @@ def write_profiles(
             save_profile(made, paths[0], overwrite=overwrite)
             write_folder_card(out_dir)
             return {paths[0]: made}
-        tokenizers = Tokenizers(file.target, file.ability_model, trust_remote_code)
-        abilities = [collect_samples(file, name, tokenizers) for name in file.abilities]
         chosen = default_dtype(device) if dtype is None else getattr(torch, dtype)
         state = _own_state(out_dir, processes)
         if processes.rank == 0:
