@@ -122,7 +122,7 @@ def test_what_a_machine_lacks_is_a_sentence(tmp_path, monkeypatch, error, told):
 
 def test_a_reader_that_is_gone_ends_a_command_quietly():
     """As head is when it has its lines."""
-    code = "import sys\nfrom mergekit_act.cli import _echo\nsys.stdin.read()\nfor i in range(9): _echo('x' * 100_000)"
+    code = "import sys\nfrom mergekit_act.cli.framework import echo\nsys.stdin.read()\nfor i in range(9): echo('x' * 100_000)"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as running:
         running.stdout.close()

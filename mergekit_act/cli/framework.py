@@ -1,0 +1,151 @@
+"""What all commands share: errors as sentences, text without control characters, ``-v`` and ``--quiet``."""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from mergekit_act.wording import escape, shorten
+
+__all__ = ["Group", "command", "common", "echo", "quiet_checks", "repeat_command"]
+
+
+class _Command(click.Command):
+    """Prints a user's mistake as one sentence; ``-v`` shows the traceback as well."""
+
+    def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
+        with _told():
+            return super().make_context(*arguments, **settings)
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            with _told():
+                return super().invoke(context)
+        except click.ClickException:
+            raise
+        except KeyboardInterrupt as error:
+            click.echo(f"\n{error}" if error.args else "\nInterrupted.", err=True)
+            context.exit(130)
+        except (ValueError, OSError, MemoryError, RecursionError) as error:
+            if context.params.get("verbose"):
+                raise
+            told = next((told for kind, told in _SENTENCES.items() if isinstance(error, kind)), str(error))
+            raise click.ClickException(_of_rank() + _shown(told)) from error
+
+
+_SENTENCES: dict[type[BaseException], str] = {
+    MemoryError: "this machine's memory does not suffice. Close other programs, or ask for less at once (smaller "
+    "files, --memory-budget, --batch-tokens)",
+    RecursionError: "something in the input is nested too deep to be read",
+}
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Sentences of click's own errors may quote files and arguments as well."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = _shown(error.message)  # type: ignore[misc]
+        raise
+
+
+def _shown(text: str) -> str:
+    """At most a screen, without control characters: whatever names and files are in it."""
+    return shorten(escape(text, keep="\n"))
+
+
+def echo(text: object = "", *, err: bool = False) -> None:
+    """Print, quietly ending where nobody reads any more, as ``head`` does."""
+    try:
+        click.echo(escape(text, keep="\n"), err=err)
+    except BrokenPipeError:
+        # What is still in the buffer would be tried again, and told, when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+class _Lines(logging.Formatter):
+    """Warnings name files and models too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape(super().format(record), keep="\n")
+
+
+@contextmanager
+def quiet_checks() -> Iterator[None]:
+    """No warnings while a merge is planned: what it would log is in the summary."""
+    log = logging.getLogger("mergekit_act.checking")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _of_rank() -> str:
+    """Which of several processes says it."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"process {os.environ['RANK']}: " if several and "RANK" in os.environ else ""
+
+
+def repeat_command(*more: str) -> str:
+    """The command that runs, with more options."""
+    context = click.get_current_context()
+    words: list[str] = []
+    for parameter in context.command.params:
+        value = context.params[parameter.name or ""]
+        if value is None or value is False or parameter.name in ("verbose", "quiet"):
+            continue
+        option = max(parameter.opts, key=len)
+        if isinstance(parameter, click.Argument):
+            words += value if isinstance(value, tuple) else [value]
+        elif isinstance(value, tuple):
+            words += [word for one in value for word in (option, one)]
+        elif option not in " ".join(more):
+            words += [option] if value is True else [option, value]
+    return f"mergekit-act {context.info_name} {shlex.join(map(str, words))} {' '.join(more)}"
+
+
+class Group(click.Group):
+    """Lists its commands in the order in which they were added, which is that of the work."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: D102
+        return list(self.commands)
+
+
+def common(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``-v`` and ``--quiet``, on every command."""
+
+    @click.option("-v", "--verbose", count=True, help="Say more; tracebacks of errors too.")
+    @click.option("--quiet", is_flag=True, help="No progress bars.")
+    @functools.wraps(function)
+    def command(verbose: int, quiet: bool, **arguments: Any) -> Any:
+        level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Lines("%(levelname)s: %(message)s"))
+        logging.basicConfig(level=level, handlers=[handler])
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks
+        if quiet or not sys.stderr.isatty():
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        return function(quiet=quiet, **arguments)
+
+    return command
+
+
+def command(**settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """A command of ``mergekit-act``, named after its function; ``settings`` are click's."""
+    return click.command(cls=_Command, **settings)

@@ -1,0 +1,119 @@
+"""``evaluate`` and ``sweep``: what models know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_act.cli import options
+from mergekit_act.cli.framework import command, common, echo
+
+
+@command()
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--abilities", "file", metavar="ABILITIES.yml", required=True, type=click.Path(path_type=Path))
+@click.option("--ability", "names", metavar="NAME", multiple=True, help="Only this ability of the file. Repeatable.")
+@click.option("--generate/--no-generate", default=True, show_default=True, help="Answers too, for exact match.")
+@options.evaluation_device
+@options.dtype
+@options.batch_tokens
+@click.option("--random-seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@options.printable("json", "All results as JSON, to a file, or instead of the table.")
+@options.printable("csv", "The table's numbers as csv, likewise.")
+@click.option(
+    "--predictions",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A JSON line per model and sample, with the generated text.",
+)
+@options.lora_merge_cache
+@options.trust
+@options.overwrite
+@common
+def evaluate(models: tuple[str, ...], file: Path, names: tuple[str, ...], **options: Any) -> None:
+    """Measure models on held-out samples.
+
+    For every MODEL and ability: negative log-likelihood of the answers per token, exact match of greedy answers, with
+    95 % bootstrap intervals; every model against the first, on the same samples. Samples are those that "evaluate"
+    names in ABILITIES.yml; by default 200 behind the profiled ones.
+
+    Files are written after each model.
+    """
+    from mergekit_act.abilities import load_abilities
+    from mergekit_act.evaluation.command import run_evaluation
+
+    for line in run_evaluation(models, load_abilities(file), names or None, **options):
+        echo(line)
+
+
+@command()
+@click.argument("config_file", metavar="CONFIG.yml", type=click.Path(path_type=Path))
+@click.argument("abilities_file", metavar="ABILITIES.yml", type=click.Path(path_type=Path))
+@click.argument("out_dir", metavar="OUT_DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--grid",
+    type=click.Choice(["default", "paper"]),
+    default="default",
+    show_default=True,
+    help="default: densities 0.01, 0.02, 0.05, 0.1 by weights 0.2, 0.4, 0.7, 1. paper: 252 points, densities 0.01 to "
+    "0.1 and 0.15 to 1 by weights 0.1 to 0.9.",
+)
+@click.option("--density", "densities", type=float, multiple=True, help="In place of the grid's. Repeatable.")
+@click.option("--weight", "weights", type=float, multiple=True, help="In place of the grid's. Repeatable.")
+@click.option("--per-model", is_flag=True, help="Every combination of weights, instead of one for all ability models.")
+@click.option(
+    "--keep-within",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    metavar="SHARE",
+    help="How much of the kept abilities the best point may lose: of the likelihood of an answer token.",
+)
+@click.option("--generate/--no-generate", default=True, show_default=True, help="Exact match too, on the frontier.")
+@click.option("--device", help="Where the target runs, such as cuda or cpu.  [default: the accelerator, if any]")
+@options.batch_tokens
+@options.lora_merge_cache
+@options.trust
+@options.overwrite
+@common
+def sweep(
+    config_file: Path,
+    abilities_file: Path,
+    out_dir: Path,
+    grid: Any,
+    densities: tuple[float, ...],
+    weights: tuple[float, ...],
+    per_model: bool,
+    **options: Any,
+) -> None:
+    """Find a good density and weight.
+
+    Merges every point of a grid in memory and scores it on the held-out samples of ABILITIES.yml: what the abilities
+    with "role: recover" gain against what those with "role: keep" lose. CONFIG.yml is a merge config of act whose
+    masks are profiles; its densities and weights are replaced.
+
+    Writes sweep.csv, point by point, a picture, and best.yml, which mergekit-yaml merges to the very weights that were
+    scored. The same command goes on after an interruption.
+    """
+    from mergekit_act.abilities import load_abilities
+    from mergekit_act.report import can_draw, draw_sweep, list_sweep
+    from mergekit_act.sweep import make_grid, run_sweep
+    from mergekit_act.sweep.config import read_swept_config
+
+    config = read_swept_config(config_file)
+    points = make_grid(len(config.models), grid=grid, densities=densities, weights=weights, per_model=per_model)
+    result = run_sweep(config, load_abilities(abilities_file), out_dir, points, **options)
+    echo(list_sweep(result))
+    echo(f"{len(result.frontier)} of {len(result.scores)} points, which no other surpasses; all are in sweep.csv")
+    if result.best is None:
+        limit = f"{options['keep_within']:.0%} of what is to be kept"
+        echo(f"every point loses more than {limit} or recovers nothing: no best.yml")
+    written = [out_dir / name for name in ("sweep.csv", "best.yml") if (out_dir / name).exists()]
+    if can_draw():
+        written += draw_sweep(result, out_dir)
+    else:
+        echo('for a picture: pip install "mergekit-act[plots]", and the same command again')
+    for path in written:
+        echo(path)

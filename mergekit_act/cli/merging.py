@@ -1,0 +1,105 @@
+"""``check``, ``merge`` and ``card``: from a mask to a model on the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_act.cli import options
+from mergekit_act.cli.framework import command, common, echo, quiet_checks
+
+
+@command(
+    context_settings={"ignore_unknown_options": True},
+    options_metavar="[OPTIONS] [OPTIONS OF mergekit-yaml]",
+)
+@click.argument("arguments", metavar="CONFIG.yml", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, problems too.")
+@common
+def check(arguments: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+    """Tell what a merge would do.
+
+    Reads the config and the headers of the files it names, no weights: what is transferred, copied and has no
+    channels, what the merge costs, and everything that would make it fail (exit code 1). Takes mergekit-yaml's
+    options too; those that change the plan count.
+    """
+    import dataclasses
+    import json
+
+    from mergekit_act import autoload
+
+    autoload.install()
+    from mergekit_act.checking.configs import MergeConfigError
+    from mergekit_act.checking.summary import check_config, parse_check_arguments
+    from mergekit_act.report import list_check
+
+    path, options = parse_check_arguments(arguments)
+    try:
+        with quiet_checks():
+            summary = check_config(path, options)
+    except (ValueError, OSError) as error:
+        if not as_json:
+            raise
+        problems = error.problems if isinstance(error, MergeConfigError) else [str(error)]
+        echo(json.dumps({"problems": problems}, indent=2))
+        raise SystemExit(1) from error
+    echo(json.dumps(dataclasses.asdict(summary) | {"problems": []}, indent=2) if as_json else list_check(summary))
+
+
+@command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+    options_metavar="[OPTIONS OF mergekit-yaml]",
+)
+@click.argument("arguments", metavar="CONFIG.yml OUT", nargs=-1, type=click.UNPROCESSED)
+def merge(arguments: tuple[str, ...]) -> None:
+    """mergekit-yaml with the same arguments.
+
+    For places where plain mergekit-yaml does not know the method act, because Python reads no .pth files there
+    (pip --target, zipapps).
+    """
+    from mergekit_act import autoload
+
+    autoload.install()
+    from mergekit_act.checking.command import run_mergekit_yaml
+
+    run_mergekit_yaml(arguments)
+
+
+@command(
+    context_settings={"ignore_unknown_options": True},
+    options_metavar="[OPTIONS] [OPTIONS OF mergekit-yaml]",
+)
+@click.argument("arguments", metavar="MERGED_DIR", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option(
+    "--evaluation",
+    metavar="FILE.json",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Results of mergekit-act evaluate --json, for the card and the Hub's model-index.",
+)
+@click.option("--evaluated-as", metavar="MODEL", help="The merged model's name in that file, if not its path.")
+@options.overwrite
+@common
+def card(arguments: tuple[str, ...], quiet: bool, **options: Any) -> None:
+    """Say on a merge's model card what was moved.
+
+    Extends the README.md that mergekit wrote to MERGED_DIR: method, models, abilities and their data, what was moved,
+    how to make it again. Copies the masks into it, with act.yml and abilities.yml. Run it where the merge was run, with
+    the options of mergekit-yaml that it was given. The same command again changes nothing; parts of the card that
+    others wrote stay.
+    """
+    from mergekit_act import autoload
+
+    autoload.install()
+    from mergekit_act.cards.merged import write_merge_card
+    from mergekit_act.checking.summary import parse_check_arguments
+
+    merged_dir, merge_options = parse_check_arguments(arguments)
+    with quiet_checks():
+        written = write_merge_card(Path(merged_dir), merge_options, **options)
+    for remark in written.remarks:
+        echo(f"note: {remark}")
+    for path in written.files:
+        echo(path)

@@ -1,0 +1,236 @@
+"""``channels``, ``profile``, ``mask`` and ``report``: from two models to a mask."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_act.cli import options
+from mergekit_act.cli.framework import command, common, echo, repeat_command
+
+
+@command()
+@click.argument("model")
+@options.trust
+@common
+def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
+    """List channels by module kind.
+
+    Needs only the config of MODEL, not its weights.
+
+    MODEL is a local folder or a Hub id (user/repo@revision).
+    """
+    from mergekit_act.channels import channel_layout
+    from mergekit_act.checkpoints import read_config
+    from mergekit_act.report import list_channels
+
+    config = read_config(model, trust_remote_code=trust_remote_code)
+    echo(list_channels(channel_layout(config, trust_remote_code=trust_remote_code)))
+
+
+@command()
+@click.argument("abilities_file", metavar="ABILITIES.yml", type=click.Path(path_type=Path))
+@click.argument("out_dir", metavar="OUT_DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--criterion",
+    type=click.Choice(["activation", "weight", "random"]),
+    default="activation",
+    show_default=True,
+    help="activation: difference of activations on the samples. Controls without data: weight (l2 norm of the change "
+    "of what a channel owns), random.",
+)
+@click.option("--device", help="Where the models run, such as cuda or cpu.  [default: the accelerator, if any]")
+@options.dtype
+@options.batch_tokens
+@click.option(
+    "--memory-budget",
+    type=options.Bytes(),
+    help="Memory of the device that may be used, such as 10GB, 900MB or 8GiB; on a CPU besides the program itself. "
+    "What of the models does not fit is loaded once per chunk of samples; the profiles are the same.  [default: what "
+    "is free, with a margin]",
+)
+@click.option(
+    "--save-every",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often the state of the run is kept in OUT_DIR, from which the same command goes on.",
+)
+@click.option("--random-seed", type=int, default=0, show_default=True, help="For --criterion random.")
+@click.option(
+    "--exclude",
+    metavar="MODULE-GLOB",
+    multiple=True,
+    help="Give modules no scores, such as a vision tower that text does not reach. Repeatable.",
+)
+@options.lora_merge_cache
+@options.trust
+@options.overwrite
+@common
+def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **options: Any) -> None:
+    """Score every channel of a pair.
+
+    Writes one profile per ability of ABILITIES.yml to OUT_DIR, and a README.md for the Hub.
+
+    A run that is interrupted, even killed, goes on when the same command is given again; with other settings it is
+    refused, and --overwrite starts anew. With several GPUs:
+
+      torchrun --nproc-per-node N -m mergekit_act profile ABILITIES.yml OUT_DIR
+    """
+    # What a cluster sends before it takes a machine away ends the run as Ctrl+C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from mergekit_act.abilities import load_abilities
+    from mergekit_act.profiling import write_profiles
+    from mergekit_act.report import list_expert_tokens
+
+    file = load_abilities(abilities_file)
+    for path, made in write_profiles(file, out_dir, criterion=criterion, quiet=quiet, **options).items():
+        echo(path)
+        if "expert_tokens" in made.data:
+            echo(list_expert_tokens(made))
+
+
+@command()
+@click.argument("profiles", metavar="PROFILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", "out", metavar="MASK", required=True, type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--density",
+    required=True,
+    type=float,
+    metavar="P",
+    help="Fraction of the channels that take part which each profile keeps: 0.01 for the top 1 %.",
+)
+@options.exclude
+@click.option(
+    "--retain",
+    metavar="PROFILE",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Spare an ability of the target: prefer channels that differ little on it. Repeatable. Not in the paper.",
+)
+@click.option(
+    "--retain-ranking",
+    type=click.Choice(["difference", "ratio", "score"]),
+    help="By what channels are ranked, s being their score and r the largest on an ability to retain. difference: "
+    "s - strength * r. ratio: s / (r + median r). score: s, as without --retain.  "
+    "[default: difference]",
+)
+@click.option(
+    "--retain-strength",
+    type=click.FloatRange(min=0),
+    help="Of the ranking by difference: 0 is plain ACT, more spares more.  [default: 0.5]",
+)
+@click.option(
+    "--retain-density",
+    type=float,
+    metavar="P",
+    help="Besides, never select the top channels of an ability to retain.",
+)
+@options.overwrite
+@common
+def mask(
+    profiles: tuple[Path, ...],
+    out: Path,
+    density: float,
+    exclude: tuple[str, ...],
+    retain: tuple[Path, ...],
+    retain_ranking: Any,
+    retain_strength: float | None,
+    retain_density: float | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Select the top channels of profiles.
+
+    Keeps the top channels of each PROFILE and writes their union as a mask, and beside it a README.md for the Hub if
+    there is none.
+    """
+    given = {"ranking": retain_ranking, "strength": retain_strength, "density": retain_density}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not retain:
+        raise ValueError(
+            f"--retain-{next(iter(given))} needs --retain PROFILE, the abilities whose channels are spared"
+        )
+    if retain_strength is not None and retain_ranking not in (None, "difference"):
+        raise ValueError(f"--retain-strength belongs to the ranking by difference, not by {retain_ranking}")
+    from mergekit_act.artifacts import load_profile, save_mask
+    from mergekit_act.cards.files import write_folder_card
+    from mergekit_act.files import check_free, file_hash
+    from mergekit_act.report import list_mask
+    from mergekit_act.report.listings import head_warning
+    from mergekit_act.selection import Retention, make_mask
+
+    check_free([out], overwrite=overwrite)
+    loaded = [load_profile(path) for path in profiles]
+    spared = None
+    if retain:
+        spared = Retention([load_profile(path) for path in retain], [file_hash(path) for path in retain], **given)
+    hashes = [file_hash(path) for path in profiles]
+    made = make_mask(loaded, density, exclude=exclude, hashes=hashes, retain=spared)
+    selected = {module: int(chosen.sum()) for module, chosen in made.channels.items()}
+    warning = head_warning(
+        made.layout, "the mask", selected, "Without them: " + repeat_command("--exclude {head} --overwrite")
+    )
+    if warning:
+        echo(f"warning: {warning}", err=True)
+    save_mask(made, out, overwrite=overwrite)
+    readme = write_folder_card(out.parent)
+    echo(list_mask(made))
+    if readme is not None:
+        echo(f"described for the Hub: {readme}")
+
+
+@command()
+@click.argument("files", metavar="PROFILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    "out_dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write report.html there, each figure also as svg and png, each table also as csv.",
+)
+@click.option(
+    "--density",
+    type=float,
+    metavar="P",
+    help="Of the profiles' masks: 0.01 for the top 1 %.  [default: 0.01]",
+)
+@options.exclude
+@options.overwrite
+@common
+def report(
+    files: tuple[Path, ...],
+    out_dir: Path | None,
+    density: float | None,
+    exclude: tuple[str, ...],
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Show profiles and masks.
+
+    Without -o the essentials of each PROFILE, which may also be a mask, in a few lines.
+
+    With -o one page that compares the profiles of a backbone: distributions of scores, overlap between abilities and
+    between pairs, activations against weight changes (of a profile made with --criterion weight), where the channels
+    sit, what each density would move. It needs no network; matplotlib draws it (extra "plots").
+    """
+    chosen = density is not None or bool(exclude)
+    density = 0.01 if density is None else density
+    if out_dir is None:
+        from mergekit_act.artifacts import load_metadata
+        from mergekit_act.report import list_essentials
+
+        if chosen and all(load_metadata(path)["kind"] == "mask" for path in files):
+            raise ValueError("the channels of a mask were chosen when it was made; leave out --density and --exclude")
+        echo("\n\n".join(list_essentials(path, density=density, exclude=exclude) for path in files))
+        return
+    from mergekit_act.report.page import write_report
+
+    for warning in write_report(files, out_dir, density=density, exclude=exclude, overwrite=overwrite, quiet=quiet):
+        echo(f"warning: {warning}")
+    echo(out_dir / "report.html")

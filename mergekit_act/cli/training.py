@@ -1,0 +1,121 @@
+"""``finetune`` and ``demo``: what trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_act.cli import options
+from mergekit_act.cli.framework import command, common, echo
+
+
+@command()
+@click.argument("model", metavar="MODEL")
+@click.argument("abilities_file", metavar="ABILITIES.yml", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--ability", "names", metavar="NAME", multiple=True, help="Only this ability of the file. Repeatable.")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-5, show_default=True)
+@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Samples of one update, in all."
+)
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Samples that a process computes at once; more is faster and takes more memory.",
+)
+@click.option(
+    "--scheduler",
+    type=click.Choice(["linear", "constant", "cosine"]),
+    default="linear",
+    show_default=True,
+    help="How the learning rate goes on; the paper does not say.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="In which it computes.  [default: bfloat16 where the device multiplies it natively, else float32]",
+)
+@click.option(
+    "--master-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="In which weights and Adam's means are kept. bfloat16 takes half the memory, but rounds small updates away.",
+)
+@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=True, show_default=True)
+@click.option(
+    "--save-steps",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    help="Updates between checkpoints, from which the same command goes on; 0 for none.",
+)
+@click.option("--device", help="cpu, to leave an accelerator alone.  [default: the accelerator, if any]")
+@click.option("--random-seed", type=int, default=0, show_default=True, help="Of the order of the samples.")
+@options.lora_merge_cache
+@options.trust
+@options.overwrite
+@common
+def finetune(
+    model: str,
+    abilities_file: Path,
+    out: Path,
+    names: tuple[str, ...],
+    save_steps: int,
+    dtype: str | None,
+    device: str | None,
+    lora_merge_cache: str | None,
+    trust_remote_code: bool,
+    overwrite: bool,
+    quiet: bool,
+    **recipe: Any,
+) -> None:
+    """Fine-tune a model lightly.
+
+    Full-parameter training of MODEL on the answer tokens of all samples of ABILITIES.yml, the ones it profiles, with
+    TRL's SFTTrainer; the defaults are the paper's. Writes the model, its card, loss.csv and a picture to OUT. The same
+    command goes on after an interruption. With several GPUs:
+
+      accelerate launch --config_file fsdp.yaml -m mergekit_act finetune MODEL ABILITIES.yml OUT
+    """
+    from mergekit_act.abilities import load_abilities
+    from mergekit_act.devices import default_dtype
+    from mergekit_act.finetuning import Recipe, choose_device, finetune
+
+    device = choose_device(device)
+    chosen = Recipe(dtype=dtype or str(default_dtype(device)).removeprefix("torch."), **recipe)
+    written = finetune(
+        model,
+        load_abilities(abilities_file),
+        out,
+        chosen,
+        names=names,
+        save_steps=save_steps,
+        device=device,
+        lora_merge_cache=lora_merge_cache,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    for path in written:
+        echo(path)
+
+
+@command()
+@click.argument("out_dir", metavar="OUT_DIR", type=click.Path(path_type=Path, file_okay=False))
+@common
+def demo(out_dir: Path, quiet: bool) -> None:
+    """Run the whole path on tiny models.
+
+    Trains them, lets one forget, and brings the forgotten ability back with ACT.
+    Evaluates them, and fine-tunes lightly if TRL is installed. Needs no downloads and four to seven minutes on two CPU
+    cores; all files stay in OUT_DIR.
+    """
+    from mergekit_act.demo import run_demo
+
+    run_demo(out_dir, echo=echo, quiet=quiet)
