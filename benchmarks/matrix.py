@@ -27,8 +27,8 @@ from test_profiling import ARCHITECTURES, as_ability, random_samples
 
 from mergekit_act.profiling import open_pair, profile_pair
 from mergekit_act.profiling.memory import parse_bytes
-from mergekit_act.profiling.processes import join_processes
 from mergekit_act.report import table
+from mergekit_act.runs.processes import join_processes
 
 BATCH_TOKENS = (1, 40, 4096)
 PADDING = (0, 6)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from mergekit_act.validation import (
     parse_metadata,
     profile_problems,
 )
+from mergekit_act.versions import installed_versions
 from mergekit_act.wording import enumerate_some, escape, shorten
 
 __all__ = [
@@ -209,11 +209,7 @@ def _save(
         "modules": list(layout.modules),
         "parameters": {module: [list(pair) for pair in owned] for module, owned in layout.parameters.items()},
         "tied": [list(group) for group in layout.tied],
-        "versions": {
-            "mergekit-act": __version__,
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        },
+        "versions": installed_versions("torch", "transformers"),
     }
     if layout.shapes is not None:
         metadata["shapes"] = {name: list(shape) for name, shape in layout.shapes.items()}

@@ -5,16 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mergekit_act import __version__
 from mergekit_act.abilities.schema import AbilitiesFile, Ability
 from mergekit_act.artifacts import Mask
 from mergekit_act.cards.masks import MaskFile, Source
+from mergekit_act.versions import installed_versions
 from mergekit_act.wording import escape
 
 __all__ = ["Recipe", "requirements", "shell_line"]
@@ -35,8 +34,8 @@ def _written_out(word: str) -> str:
 
 def requirements() -> list[str]:
     """What pip installs to have the versions that are installed here."""
-    packages = ("mergekit", "torch", "transformers")
-    return [f"mergekit-act=={__version__}", *(f"{name}=={version(name).partition('+')[0]}" for name in packages)]
+    versions = installed_versions("mergekit", "torch", "transformers")
+    return [f"{name}=={version.partition('+')[0]}" for name, version in versions.items()]
 
 
 @dataclass

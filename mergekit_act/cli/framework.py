@@ -96,8 +96,12 @@ def quiet_checks() -> Iterator[None]:
 
 def _of_rank() -> str:
     """Which of several processes says it."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return f"process {os.environ['RANK']}: " if several and "RANK" in os.environ else ""
+    if "RANK" not in os.environ:
+        return ""
+    from mergekit_act.runs.processes import rank_and_count
+
+    rank, count = rank_and_count()
+    return f"process {rank}: " if count > 1 else ""
 
 
 def repeat_command(*more: str) -> str:

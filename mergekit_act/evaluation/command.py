@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from mergekit_act.evaluation.held_out import collect_held_out
 from mergekit_act.evaluation.run import Evaluated, Outputs, Settings, as_csv, as_json, evaluate_models
 from mergekit_act.files import check_free, check_writable
 from mergekit_act.report import list_evaluation
+from mergekit_act.runs.folders import claimed
 
 __all__ = ["run_evaluation"]
 
@@ -58,6 +60,7 @@ def run_evaluation(
 
     Raises:
         FileExistsError: an output file exists and ``overwrite`` is false.
+        BlockingIOError: another evaluation is at work on an output file.
         FileNotFoundError: a model or data set does not exist.
         ValueError: as ``collect_held_out`` and ``evaluate_models``; or a model is named twice.
     """
@@ -94,8 +97,11 @@ def run_evaluation(
     ]
     results: list[Evaluated] = []
     try:
-        for found in evaluate_models(checkpoints, held_out, settings, outputs):
-            results += found
+        with ExitStack() as claims:
+            for path in paths:
+                claims.enter_context(claimed(path))
+            for found in evaluate_models(checkpoints, held_out, settings, outputs):
+                results += found
     finally:  # what is measured is told, also if a later model fails
         if results and json_out == "-":
             yield as_json(results, held_out, settings).rstrip()

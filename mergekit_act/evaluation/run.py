@@ -7,20 +7,19 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from mergekit_act import __version__
 from mergekit_act.checkpoints import Checkpoint
 from mergekit_act.evaluation.answers import Generated, generate_answers, score_answers
 from mergekit_act.evaluation.held_out import HeldOut
 from mergekit_act.evaluation.statistics import Measure, measure
 from mergekit_act.files import write_atomically
 from mergekit_act.models import check_samples_fit, load_model
+from mergekit_act.versions import installed_versions
 
 __all__ = ["Evaluated", "Outputs", "Settings", "evaluate_models"]
 
@@ -194,8 +193,7 @@ def as_json(results: Sequence[Evaluated], held_out: Sequence[HeldOut], settings:
     """Everything that was measured, and with what."""
     content = {
         "format_version": 1,
-        "versions": {"mergekit-act": __version__}
-        | {name: version(name) for name in ("mergekit", "torch", "transformers")},
+        "versions": installed_versions("mergekit", "torch", "transformers"),
         "settings": {
             "device": settings.device,
             "dtype": str(settings.dtype).removeprefix("torch."),

@@ -9,11 +9,10 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from mergekit_act import __version__
 from mergekit_act.abilities import AbilitiesFile, AbilitySamples, Tokenizers, collect_samples
 from mergekit_act.checkpoints import Checkpoint, open_checkpoint
 from mergekit_act.files import check_writable, remove_leftovers, write_atomically
@@ -30,8 +28,11 @@ from mergekit_act.finetuning.recipe import Recipe
 from mergekit_act.finetuning.saving import Saving, bytes_needed, check_room
 from mergekit_act.finetuning.trainer import DivergedError, all_finite, build_settings, build_trainer, writing
 from mergekit_act.models import broken_weight, check_samples_fit, load_model
-from mergekit_act.recipes import keep_recipe
 from mergekit_act.report import can_draw, draw_losses
+from mergekit_act.runs.folders import claimed, lock_of
+from mergekit_act.runs.processes import rank_and_count
+from mergekit_act.runs.settings import keep_settings
+from mergekit_act.versions import installed_versions
 
 __all__ = ["finetune"]
 
@@ -79,14 +80,15 @@ def finetune(
     Raises:
         FileNotFoundError: the model or a data set does not exist.
         FileExistsError: ``out`` is finished, or holds something else.
+        BlockingIOError: another run is at work in it.
         ValueError: TRL is not installed, the batch can't be divided, ``out`` is of another recipe, the memory does not
             suffice, or the loss became NaN or infinite; the last good checkpoint stays.
         OSError: something could not be written; the last complete checkpoint stays.
     """
     if find_spec("trl") is None:
         raise ValueError('fine-tuning needs TRL: pip install "mergekit-act[finetune]"')
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    accumulate = recipe.accumulate(world)
+    rank, world = rank_and_count()
+    recipe.accumulate(world)  # can the batch be divided?
     check_writable(out)
     if quiet:
         disable_progress_bar()
@@ -99,36 +101,13 @@ def finetune(
     for ability in abilities:
         check_samples_fit(checkpoint, ability, tokenizers.target.backend_tokenizer)
     run = _Run(checkpoint, abilities, out, recipe, tokenizers)
-    if rank == 0 and not _claim(out, _settings(checkpoint, abilities, recipe), overwrite):
-        made = run.complete()
-        if world > 1:  # the other processes would wait for this one
-            raise FileExistsError(f"{out} is finished already; what it lacked is made: {', '.join(map(str, made))}")
-        return made
-    settings = build_settings(
-        recipe, run.checkpoints, accumulate=accumulate, save_steps=save_steps, device=device, quiet=quiet
-    )
-    dtype = getattr(torch, recipe.master_dtype)
-    loaded = load_model(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
-    broken = broken_weight(loaded)
-    if broken is not None:
-        raise ValueError(f'{checkpoint.reference} has broken weights: "{broken}" has values that are NaN or infinite')
-    if rank == 0:
-        run.try_saving(loaded, save_steps)
-    trainer = build_trainer(loaded, run.padding_tokenizer(), settings, abilities, run.kept)
-    try:
-        trainer.train(resume_from_checkpoint=run.last_checkpoint())
-        run.save(trainer)
-    except BaseException as error:
-        if rank == 0:
-            with suppress(OSError):  # what stopped the run is told
-                run.write_losses(trainer.state.log_history)
-        if not isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ValueError(
-            f"out of memory on {device}: {' '.join(str(error).split())[:200]}; {run.kept()}. Try --micro-batch 1, "
-            "--master-dtype bfloat16, or FSDP on several GPUs"
-        ) from error
-    return [] if rank else [out, *run.losses()]
+    with claimed(out / _RECIPE) if rank == 0 else nullcontext():
+        if rank == 0 and not _claim(out, _settings(checkpoint, abilities, recipe), overwrite):
+            made = run.complete()
+            if world > 1:  # the other processes would wait for this one
+                raise FileExistsError(f"{out} is finished already; what it lacked is made: {', '.join(map(str, made))}")
+            return made
+        return run.train(save_steps, device=device, trust_remote_code=trust_remote_code, quiet=quiet)
 
 
 @dataclass(frozen=True)
@@ -158,6 +137,42 @@ class _Run:
         """What the trained model is saved with."""
         name = self.out.resolve().name
         return Saving(self.checkpoint, self.abilities, self.recipe, _RECIPE, name, self.tokenizer)
+
+    def train(self, save_steps: int, *, device: str, trust_remote_code: bool, quiet: bool) -> list[Path]:
+        """Train the model and write it; what was written, in the first process."""
+        rank, world = rank_and_count()
+        settings = build_settings(
+            self.recipe,
+            self.checkpoints,
+            accumulate=self.recipe.accumulate(world),
+            save_steps=save_steps,
+            device=device,
+            quiet=quiet,
+        )
+        dtype = getattr(torch, self.recipe.master_dtype)
+        loaded = load_model(self.checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
+        broken = broken_weight(loaded)
+        if broken is not None:
+            raise ValueError(
+                f'{self.checkpoint.reference} has broken weights: "{broken}" has values that are NaN or infinite'
+            )
+        if rank == 0:
+            self.try_saving(loaded, save_steps)
+        trainer = build_trainer(loaded, self.padding_tokenizer(), settings, self.abilities, self.kept)
+        try:
+            trainer.train(resume_from_checkpoint=self.last_checkpoint())
+            self.save(trainer)
+        except BaseException as error:
+            if rank == 0:
+                with suppress(OSError):  # what stopped the run is told
+                    self.write_losses(trainer.state.log_history)
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"out of memory on {device}: {' '.join(str(error).split())[:200]}; {self.kept()}. Try --micro-batch 1, "
+                "--master-dtype bfloat16, or FSDP on several GPUs"
+            ) from error
+        return [] if rank else [self.out, *self.losses()]
 
     def try_saving(self, model: Any, save_steps: int) -> None:
         """See that what is written at the end can be written, and has room on the disk.
@@ -195,7 +210,7 @@ class _Run:
             step = int(folder.name.rpartition("-")[2])
             if _steps_of(folder) == step:
                 found[step] = folder
-            elif int(os.environ.get("RANK", "0")) == 0:
+            elif rank_and_count()[0] == 0:
                 shutil.rmtree(folder, ignore_errors=True)
         return str(found[max(found)]) if found else None
 
@@ -291,12 +306,13 @@ def _claim(out: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
         checkpoints.mkdir(parents=True)
         recipe.unlink(missing_ok=True)
     elif not recipe.exists():
-        if out.is_dir() and any(path != checkpoints or any(path.iterdir()) for path in out.iterdir()):
+        others = (path for path in out.iterdir() if path != lock_of(recipe)) if out.is_dir() else ()
+        if any(path != checkpoints or any(path.iterdir()) for path in others):
             raise FileExistsError(
                 f"{out} holds something else than a fine-tuning; name another folder, or say --overwrite"
             )
         checkpoints.mkdir(parents=True, exist_ok=True)
-    keep_recipe(recipe, settings)
+    keep_settings(recipe, settings)
     shutil.rmtree(out / _FINISHED, ignore_errors=True)
     if not any(out.glob("*.safetensors")):
         checkpoints.mkdir(exist_ok=True)
@@ -309,7 +325,7 @@ def _settings(checkpoint: Checkpoint, abilities: Sequence[AbilitySamples], recip
         "model": checkpoint.describe(),
         "abilities": {ability.name: ability.data for ability in abilities},
         "recipe": {name: value for name, value in vars(recipe).items() if name != "micro_batch"},
-        "versions": {"mergekit-act": __version__} | {name: version(name) for name in ("torch", "transformers", "trl")},
+        "versions": installed_versions("torch", "transformers", "trl"),
     }
 
 

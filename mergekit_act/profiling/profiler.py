@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mergekit_act import __version__
 from mergekit_act.abilities import AbilitySamples
 from mergekit_act.abilities.batches import cut_batches
 from mergekit_act.artifacts import Profile
 from mergekit_act.devices import default_dtype, usable_device
 from mergekit_act.profiling.pair import ModelPair
 from mergekit_act.profiling.passes import Pass
-from mergekit_act.profiling.processes import Processes
 from mergekit_act.profiling.state import RunState
 from mergekit_act.profiling.sums import DifferenceSums
+from mergekit_act.runs.processes import Processes
+from mergekit_act.versions import installed_versions
 
 __all__ = ["profile_pair", "run_settings"]
 
@@ -71,7 +70,8 @@ def profile_pair(
     names = [ability.name for ability in abilities]
     share = Pass(pair, device, dtype, batches, names, memory_budget, processes.local_count)
     share.run(every_sums, saved, save_every, quiet=quiet or processes.rank > 0)
-    processes.add_up(every_sums)
+    for sums in every_sums:
+        sums.add_up(processes)
     return [
         _profile(pair, ability, sums, dtype, batch_tokens) for ability, sums in zip(abilities, every_sums, strict=True)
     ]
@@ -96,8 +96,7 @@ def run_settings(
         "dtype": str(dtype).removeprefix("torch."),
         "batch_tokens": batch_tokens,
         "processes": processes.count,
-        "versions": {"mergekit-act": __version__}
-        | {name: version(name) for name in ("mergekit", "torch", "transformers")},
+        "versions": installed_versions("mergekit", "torch", "transformers"),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,11 +15,14 @@ from mergekit_act.devices import default_dtype, usable_device
 from mergekit_act.files import check_free, check_writable, remove_leftovers
 from mergekit_act.profiling.controls import profile_without_data
 from mergekit_act.profiling.pair import open_pair
-from mergekit_act.profiling.processes import Processes, join_processes
 from mergekit_act.profiling.profiler import profile_pair, run_settings
 from mergekit_act.profiling.state import check_settings, is_complete
+from mergekit_act.runs.folders import claimed
+from mergekit_act.runs.processes import Processes, join_processes
 
 __all__ = ["write_profiles"]
+
+_STATE = "profile.state"
 
 
 def write_profiles(
@@ -65,6 +69,7 @@ def write_profiles(
 
     Raises:
         FileExistsError: a profile exists and ``overwrite`` is false; told before anything is loaded.
+        BlockingIOError: another run is at work in the folder.
         FileNotFoundError: a model or data set does not exist.
         ValueError: as ``open_pair``, ``collect_samples`` and ``profile_pair``; or there is the state of an unfinished
             run with other settings.
@@ -101,41 +106,42 @@ def write_profiles(
             save_profile(made, paths[0], overwrite=overwrite)
             write_folder_card(out_dir)
             return {paths[0]: made}
-        chosen = default_dtype(device) if dtype is None else getattr(torch, dtype)
-        state = _own_state(out_dir, processes)
-        if processes.rank == 0:
-            settings = run_settings(pair, abilities, device, chosen, batch_tokens, processes)
-            for found in _states(out_dir):
-                check_settings(found, settings, overwrite=overwrite)
-        processes.wait()
-        profiles = profile_pair(
-            pair,
-            abilities,
-            device=device,
-            dtype=chosen,
-            batch_tokens=batch_tokens,
-            memory_budget=memory_budget,
-            state=state,
-            save_every=save_every,
-            processes=processes,
-            quiet=quiet,
-        )
-        if processes.rank == 0:
-            for profile, path in zip(profiles, paths, strict=True):
-                remove_leftovers(path)
-                save_profile(profile, path, overwrite=True)
-            write_folder_card(out_dir)
-        processes.wait()  # a state may go when the profiles are there
-        state.unlink(missing_ok=True)
-        return dict(zip(paths, profiles, strict=True)) if processes.rank == 0 else {}
+        with claimed(out_dir / _STATE) if processes.rank == 0 else nullcontext():
+            chosen = default_dtype(device) if dtype is None else getattr(torch, dtype)
+            state = _own_state(out_dir, processes)
+            if processes.rank == 0:
+                settings = run_settings(pair, abilities, device, chosen, batch_tokens, processes)
+                for found in _states(out_dir):
+                    check_settings(found, settings, overwrite=overwrite)
+            processes.wait()
+            profiles = profile_pair(
+                pair,
+                abilities,
+                device=device,
+                dtype=chosen,
+                batch_tokens=batch_tokens,
+                memory_budget=memory_budget,
+                state=state,
+                save_every=save_every,
+                processes=processes,
+                quiet=quiet,
+            )
+            if processes.rank == 0:
+                for profile, path in zip(profiles, paths, strict=True):
+                    remove_leftovers(path)
+                    save_profile(profile, path, overwrite=True)
+                write_folder_card(out_dir)
+            processes.wait()  # a state may go when the profiles are there
+            state.unlink(missing_ok=True)
+            return dict(zip(paths, profiles, strict=True)) if processes.rank == 0 else {}
 
 
 def _own_state(out_dir: Path, processes: Processes) -> Path:
     """Where this process keeps its state."""
-    part = f"-{processes.rank}-of-{processes.count}" if processes.count > 1 else ""
-    return out_dir / f"profile{part}.state"
+    part = f"profile-{processes.rank}-of-{processes.count}.state"
+    return out_dir / (part if processes.count > 1 else _STATE)
 
 
 def _states(out_dir: Path) -> list[Path]:
     """The states of unfinished runs: one file, or one per process."""
-    return sorted((*out_dir.glob("profile.state"), *out_dir.glob("profile-*-of-*.state")))
+    return sorted((*out_dir.glob(_STATE), *out_dir.glob("profile-*-of-*.state")))

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from mergekit_act.files import remove_leftovers, write_atomically
 from mergekit_act.profiling.sums import DifferenceSums
-from mergekit_act.recipes import changed_settings
+from mergekit_act.runs.settings import changed_settings
 
 __all__ = ["RunState", "check_settings", "is_complete"]
 

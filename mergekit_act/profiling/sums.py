@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mergekit_act.channels import Layout
 from mergekit_act.profiling.experts import ExpertOutput
+from mergekit_act.runs.processes import Processes
 
 __all__ = ["DifferenceSums", "scratch_bytes"]
 
@@ -89,6 +90,23 @@ class DifferenceSums:
         if projection == "down_proj":  # every projection sees the same tokens
             seen = self.expert_tokens.setdefault(experts, [0] * len(sums))
             self.expert_tokens[experts] = [sum(pair) for pair in zip(seen, target.counts(), strict=True)]
+
+    def add_up(self, processes: Processes) -> None:
+        """Replace sums and counts by those over all processes.
+
+        Raises:
+            ConnectionError: another process has ended.
+        """
+        if processes.count == 1:
+            return
+        self.vector.copy_(processes.add(self.vector))
+        counted = processes.gather((self.counts, self.expert_tokens))
+        self.counts = {module: sum(counts[module] for counts, _ in counted) for module in self.counts}
+        experts = {module for _, tokens in counted for module in tokens}
+        self.expert_tokens = {
+            module: [sum(column) for column in zip(*(t[module] for _, t in counted if module in t), strict=True)]
+            for module in sorted(experts)
+        }
 
     @contextmanager
     def undone_on_error(self, modules: Sequence[str]) -> Iterator[None]:

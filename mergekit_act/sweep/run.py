@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from mergekit.options import MergeOptions
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from mergekit_act import __version__
 from mergekit_act.abilities import AbilitiesFile, Tokenizers
 from mergekit_act.checking.planning import check_before_planning, plan_merge
 from mergekit_act.checking.summary import count_moved
@@ -28,12 +26,14 @@ from mergekit_act.devices import usable_device
 from mergekit_act.evaluation import HeldOut, NotFiniteError, collect_held_out, generate_answers, score_answers
 from mergekit_act.files import check_free, check_writable, write_atomically
 from mergekit_act.models import check_samples_fit, load_model
-from mergekit_act.recipes import keep_recipe
 from mergekit_act.report import check_drawing
+from mergekit_act.runs.folders import claimed
+from mergekit_act.runs.settings import keep_settings
 from mergekit_act.sweep.config import SweptConfig
 from mergekit_act.sweep.grid import Point
 from mergekit_act.sweep.patching import PatchedModel
 from mergekit_act.sweep.scores import Roles, Score, ScoreFile, best_point, frontier
+from mergekit_act.versions import installed_versions
 
 __all__ = ["SweepResult", "run_sweep"]
 
@@ -105,6 +105,7 @@ def run_sweep(
         FileNotFoundError: a model, profile or data set does not exist.
         MergeConfigError: the merge would fail.
         FileExistsError: the folder has files of these names that are of no sweep.
+        BlockingIOError: another sweep is at work in the folder.
         ValueError: no ability is to be recovered, the folder is of another sweep, or the target's likelihoods are NaN.
     """
     roles = _roles(file)
@@ -125,26 +126,27 @@ def run_sweep(
         check_samples_fit(target, one.data, one.tokenizer.backend_tokenizer)
     dtype = config.dtype or _common_dtype([target, *abilities])
     device = usable_device(device)
-    _claim(out_dir, _recipe(config, held_out, target, abilities, str(dtype), device, batch_tokens), overwrite)
-    model = load_model(target, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    sweep = _Sweep(config, held_out, PatchedModel(model, dtype), options, batch_tokens)
-    scores = ScoreFile(out_dir / "sweep.csv", roles)
-    kept = _read_matches(out_dir / "frontier.json")
-    own = sweep.score_target(scores)
-    if generate:  # of the target first: a model that can't generate is told before hours of scoring
-        sweep.generate_all(out_dir / "frontier.json", kept, [own], quiet=True)
-    sweep.score_all(scores, grid, quiet)
-    found = [score for score in scores.scores if score.point is not None]  # of smaller grids before too
-    best, front = best_point(found, own, keep_within), frontier(found)
-    if best is not None and best.point is not None:
-        text = yaml.safe_dump(config.at(best.point), sort_keys=False, allow_unicode=True)
-        write_atomically(out_dir / "best.yml", text.encode(), overwrite=True)
-    else:
-        (out_dir / "best.yml").unlink(missing_ok=True)
-    matches = sweep.generate_all(out_dir / "frontier.json", kept, [own, *front], quiet) if generate else {}
-    return SweepResult(
-        own, found, front, matches, best, roles, config.layout.channel_count(), config.layout.parameter_count()
-    )
+    with claimed(out_dir / FILES[0]):
+        _claim(out_dir, _recipe(config, held_out, target, abilities, str(dtype), device, batch_tokens), overwrite)
+        model = load_model(target, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        sweep = _Sweep(config, held_out, PatchedModel(model, dtype), options, batch_tokens)
+        scores = ScoreFile(out_dir / "sweep.csv", roles)
+        kept = _read_matches(out_dir / "frontier.json")
+        own = sweep.score_target(scores)
+        if generate:  # of the target first: a model that can't generate is told before hours of scoring
+            sweep.generate_all(out_dir / "frontier.json", kept, [own], quiet=True)
+        sweep.score_all(scores, grid, quiet)
+        found = [score for score in scores.scores if score.point is not None]  # of smaller grids before too
+        best, front = best_point(found, own, keep_within), frontier(found)
+        if best is not None and best.point is not None:
+            text = yaml.safe_dump(config.at(best.point), sort_keys=False, allow_unicode=True)
+            write_atomically(out_dir / "best.yml", text.encode(), overwrite=True)
+        else:
+            (out_dir / "best.yml").unlink(missing_ok=True)
+        matches = sweep.generate_all(out_dir / "frontier.json", kept, [own, *front], quiet) if generate else {}
+        return SweepResult(
+            own, found, front, matches, best, roles, config.layout.channel_count(), config.layout.parameter_count()
+        )
 
 
 class _Sweep:
@@ -275,8 +277,7 @@ def _recipe(
         "dtype": dtype.removeprefix("torch."),
         "device": torch.device(device).type,
         "batch_tokens": batch_tokens,
-        "versions": {"mergekit-act": __version__}
-        | {name: version(name) for name in ("mergekit", "torch", "transformers")},
+        "versions": installed_versions("mergekit", "torch", "transformers"),
     }
 
 
@@ -309,7 +310,7 @@ def _claim(out_dir: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
             path.unlink(missing_ok=True)
     if not paths[0].exists():
         check_free(paths, overwrite=False)
-    keep_recipe(paths[0], recipe)
+    keep_settings(paths[0], recipe)
 
 
 def _common_dtype(checkpoints: Sequence[Checkpoint]) -> torch.dtype:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch import distributed
+from torch import Tensor, distributed
 
-from mergekit_act.profiling.sums import DifferenceSums
-
-__all__ = ["Processes", "join_processes"]
+__all__ = ["Processes", "join_processes", "rank_and_count"]
 
 
 @dataclass(frozen=True)
@@ -34,25 +32,29 @@ class Processes:
     local_count: int = 1
     group: Any = None
 
-    def add_up(self, every_sums: Sequence[DifferenceSums]) -> None:
-        """Replace sums and counts by those over all processes.
+    def add(self, vector: Tensor) -> Tensor:
+        """The sum of every process's vector, on the CPU.
 
         Raises:
             ConnectionError: another process has ended.
         """
-        for sums in every_sums if self.count > 1 else ():
-            vector = sums.vector.cpu()
-            counted: list[Any] = [None] * self.count
+        total = vector.cpu()
+        if self.count > 1:
             with _others_alive():
-                distributed.all_reduce(vector, group=self.group)
-                distributed.all_gather_object(counted, (sums.counts, sums.expert_tokens), group=self.group)
-            sums.vector.copy_(vector)
-            sums.counts = {module: sum(counts[module] for counts, _ in counted) for module in sums.counts}
-            experts = {module for _, tokens in counted for module in tokens}
-            sums.expert_tokens = {
-                module: [sum(column) for column in zip(*(t[module] for _, t in counted if module in t), strict=True)]
-                for module in sorted(experts)
-            }
+                distributed.all_reduce(total, group=self.group)
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of their ranks.
+
+        Raises:
+            ConnectionError: another process has ended.
+        """
+        found = [value] * self.count
+        if self.count > 1:
+            with _others_alive():
+                distributed.all_gather_object(found, value, group=self.group)
+        return found
 
     def wait(self) -> None:
         """Go on when all processes are here."""
@@ -61,14 +63,21 @@ class Processes:
                 distributed.barrier(group=self.group)
 
 
+def rank_and_count() -> tuple[int, int]:
+    """This process's number among those that a launcher started, and how many they are; 0 and 1 without a launcher."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def join_processes() -> Iterator[Processes]:
     """Join the processes that the launcher's environment variables tell of; without them this one is alone.
 
     Sums are few and are reduced in host memory, once, so gloo serves GPUs as well.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or "RANK" not in os.environ:
+    _, count = rank_and_count()
+    if count == 1:
         yield Processes()
         return
     # One that is done early waits for the others; one that dies closes its connection, which ends the wait.

@@ -1,4 +1,4 @@
-"""The settings of work that is kept in a folder: written down, so that a rerun goes on only with the same ones."""
+"""The settings of a run that is kept in a folder: written down, so that it goes on only with the same ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from mergekit_act.files import write_atomically
 
-__all__ = ["changed_settings", "keep_recipe"]
+__all__ = ["changed_settings", "keep_settings"]
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -29,8 +29,8 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
 
 
-def keep_recipe(path: Path, settings: Mapping[str, Any]) -> bool:
-    """See that a folder's recipe is this one, or write it down.
+def keep_settings(path: Path, settings: Mapping[str, Any]) -> bool:
+    """See that a folder is of a run with these settings, or write them down.
 
     Args:
         path: a JSON file in the folder.
@@ -40,7 +40,7 @@ def keep_recipe(path: Path, settings: Mapping[str, Any]) -> bool:
         Whether it was there already: the work goes on.
 
     Raises:
-        ValueError: it is another one, and what differs; or the file is no recipe.
+        ValueError: they are others, and what differs; or the file is none of settings.
     """
     if not path.exists():
         write_atomically(path, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())

@@ -1,0 +1,59 @@
+"""No two runs write to one place at a time, and no claim outlives its process."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from mergekit_act.cli import main
+from mergekit_act.runs.folders import claimed, lock_of
+
+
+@pytest.mark.parametrize(
+    ("command", "claim"), [("profile", "profile.state"), ("evaluate", "r.json"), ("finetune", "finetune.json")]
+)
+def test_the_second_run_is_refused(pair_of, abilities_yml, sums_file, tmp_path, command, claim):
+    target, ability = pair_of("qwen2")
+    path = abilities_yml(
+        target, ability, sums_file, ability_keys="    prompt: q\n    answer: a\n    evaluate: {samples: 4}\n"
+    )
+    out = tmp_path / "out"
+    arguments = {
+        "profile": [path, out],
+        "evaluate": [target, "--abilities", path, "--json", out / "r.json", "--no-generate"],
+        "finetune": [target, path, out],
+    }[command]
+    with claimed(out / claim):
+        result = CliRunner().invoke(main, [command, *map(str, arguments)])
+        assert result.exit_code == 1
+        assert result.output.endswith(
+            f"Error: another run is at work on {out / claim}; wait until it has ended, or choose another place\n"
+        )
+        assert list(out.iterdir()) == [lock_of(out / claim)]
+    assert not out.exists()
+    assert CliRunner().invoke(main, [command, *map(str, arguments)]).exit_code == 0
+    assert not lock_of(out / claim).exists()
+
+
+def test_a_killed_run_leaves_no_claim(tmp_path):
+    path = tmp_path / "out" / "profile.state"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom mergekit_act.runs.folders import claimed\n"
+        "with claimed(Path(sys.argv[1])):\n    print('here', flush=True)\n    sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "here\n"
+    with pytest.raises(BlockingIOError, match="another run is at work on"), claimed(path):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert lock_of(path).exists()
+    with claimed(path):
+        path.write_text("state")
+    assert [file.name for file in path.parent.iterdir()] == ["profile.state"]
