@@ -579,7 +579,7 @@ def test_without_matplotlib_the_picture_that_is_there_stays(merged, monkeypatch)
 def test_the_versions_on_a_card_stay(merged, monkeypatch):
     run("card", merged)
     before = (merged / "README.md").read_bytes()
-    monkeypatch.setattr("mergekit_act.cards.recipe.version", lambda _: "99.9")
+    monkeypatch.setattr("mergekit_act.versions.version", lambda _: "99.9")
     run("card", merged)
     assert (merged / "README.md").read_bytes() == before
 
