@@ -1,10 +1,14 @@
-"""No two runs write to one place at a time, and no claim outlives its process."""
+"""No two runs write to one place at a time, no claim outlives its process, and log files have no progress bars."""
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 
 import pytest
 from click.testing import CliRunner
@@ -57,3 +61,26 @@ def test_a_killed_run_leaves_no_claim(tmp_path):
     with claimed(path):
         path.write_text("state")
     assert [file.name for file in path.parent.iterdir()] == ["profile.state"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_are_for_terminals(pair_of, abilities_yml, sums_file, tmp_path, terminal):
+    target, ability = pair_of("qwen2")
+    path = abilities_yml(target, ability, sums_file, ability_keys="    prompt: q\n    answer: a\n")
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        termios.tcsetwinsize(theirs, (24, 100))
+    command = [sys.executable, "-m", "mergekit_act", "profile", str(path), str(tmp_path / "out")]
+    environment = {
+        name: value for name, value in os.environ.items() if "PROGRESS" not in name and name != "TQDM_DISABLE"
+    }
+    with os.fdopen(ours, "rb", buffering=0) as said:
+        process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env=environment)
+        os.close(theirs)
+        text = b""
+        with suppress(OSError):  # what a pseudo-terminal says where a pipe ends
+            while part := said.read(1 << 16):
+                text += part
+    assert process.wait() == 0
+    assert (b"Profiling" in text) == terminal, text
+    assert terminal or not text

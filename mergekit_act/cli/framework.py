@@ -133,7 +133,7 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
     """``-v`` and ``--quiet``, on every command."""
 
     @click.option("-v", "--verbose", count=True, help="Say more; tracebacks of errors too.")
-    @click.option("--quiet", is_flag=True, help="No progress bars.")
+    @click.option("--quiet", is_flag=True, help="No progress bars, as where the output is no terminal.")
     @functools.wraps(function)
     def command(verbose: int, quiet: bool, **arguments: Any) -> Any:
         level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
@@ -143,8 +143,10 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks
-        if quiet or not sys.stderr.isatty():
-            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        quiet = quiet or not sys.stderr.isatty()  # bars fill log files
+        if quiet:
+            for library in ("HUB", "DATASETS"):  # Transformers does as the first one
+                os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
         return function(quiet=quiet, **arguments)
 
     return command

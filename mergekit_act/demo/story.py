@@ -72,7 +72,7 @@ def run_demo(out_dir: Path, *, echo: Echo, quiet: bool = False) -> None:
 
 
 def _train_models(tokenizer: Any, rows: Sequence[Row], quiet: bool) -> dict[str, Any]:
-    shown = functools.partial(tqdm, unit="step", disable=quiet)
+    shown = functools.partial(tqdm, unit="step", disable=quiet or None)
     base = build_model(tokenizer, rope_theta=1_000_000.0)
     train(base, tokenizer, rows, shown(range(STEPS["base"]), "base"), learning_rate=3e-3, seed=0)
     ability = copy.deepcopy(base)

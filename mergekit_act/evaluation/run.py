@@ -139,7 +139,7 @@ def evaluate_models(
 def _measure_model(model: Any, name: str, held_out: Sequence[HeldOut], settings: Settings) -> dict[str, _Raw]:
     total = sum(len(one.samples) for one in held_out) * (2 if settings.generate else 1)
     found = {}
-    with tqdm(total=total, unit="sample", desc=name, disable=settings.quiet) as bar:
+    with tqdm(total=total, unit="sample", desc=name, disable=settings.quiet or None) as bar:
         for one in held_out:
             try:
                 losses, tokens = score_answers(

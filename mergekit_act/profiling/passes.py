@@ -234,7 +234,7 @@ def _progress(
         unit="tok",
         unit_scale=True,
         desc=f"Profiling{streamed}",
-        disable=quiet,
+        disable=quiet or None,
     ) as bar:
         end = float(sum(tokens))
 

@@ -76,7 +76,7 @@ def write_report(
     out_dir.mkdir(parents=True, exist_ok=True)
     for name in _files_of(out_dir / PAGE) - set(names):
         (out_dir / name).unlink(missing_ok=True)
-    shown = tqdm(pictures, desc="drawing", unit="figure", disable=quiet)
+    shown = tqdm(pictures, desc="drawing", unit="figure", disable=quiet or None)
     drawn = {picture.name: _draw(picture, out_dir) for picture in shown}
     for made in tables:
         write_atomically(out_dir / f"{made.name}.csv", as_csv(made.csv_header, made.csv_rows).encode(), overwrite=True)

@@ -181,7 +181,7 @@ class _Sweep:
     def score_all(self, scores: ScoreFile, grid: Sequence[Point], quiet: bool) -> None:
         """Score what is not scored yet."""
         todo = [point for point in grid if scores.find(point) is None]
-        with tqdm(total=len(todo), unit="point", desc="sweep", disable=quiet) as bar:
+        with tqdm(total=len(todo), unit="point", desc="sweep", disable=quiet or None) as bar:
             for point in todo:
                 started = time.monotonic()
                 with self._at(point) as (channels, parameters):
@@ -199,7 +199,7 @@ class _Sweep:
     ) -> dict[Point | None, dict[str, float]]:
         """Exact match of greedy answers for points; what is kept of them is in a file."""
         found = {}
-        for score in tqdm(scores, unit="point", desc="generation", disable=quiet):
+        for score in tqdm(scores, unit="point", desc="generation", disable=quiet or None):
             key = "target" if score.point is None else f"{score.point.density!r} {score.point.weights!r}"
             if key not in kept:
                 if score.point is None:
