@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import CardData
 
 from mergekit_act.files import write_atomically
+from mergekit_act.logs import muted
 from mergekit_act.wording import escape
 
 __all__ = [
@@ -68,22 +68,18 @@ class Readme:
         Raises:
             ValueError: the Hub's parser refuses the metadata.
         """
-        log = logging.getLogger("huggingface_hub.repocard")
-        level = log.level
-        log.setLevel(logging.ERROR)
         try:
             front = _edited(self.front, self.metadata, metadata)
             if yaml.safe_load(front) != dict(metadata):
                 raise ValueError("it can't be edited line by line; write it in plain block style")
             content = f"---\n{front}---\n{text}"
-            ModelCard(content)
+            with muted("huggingface_hub.repocard"):
+                ModelCard(content)
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(
                 f"{where} has metadata that can't be continued, or that the Hub does not take: "
                 f"{' '.join(str(error).split())}"
             ) from error
-        finally:
-            log.setLevel(level)
         return content
 
 

@@ -17,7 +17,7 @@ import click
 
 from mergekit_act.wording import escape, shorten
 
-__all__ = ["Group", "command", "common", "echo", "quiet_checks", "repeat_command"]
+__all__ = ["Group", "command", "common", "echo", "repeat_command"]
 
 
 class _Command(click.Command):
@@ -80,18 +80,6 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return escape(super().format(record), keep="\n")
-
-
-@contextmanager
-def quiet_checks() -> Iterator[None]:
-    """No warnings while a merge is planned: what it would log is in the summary."""
-    log = logging.getLogger("mergekit_act.checking")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _of_rank() -> str:

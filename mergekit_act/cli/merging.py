@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from mergekit_act.cli import options
-from mergekit_act.cli.framework import command, common, echo, quiet_checks
+from mergekit_act.cli.framework import command, common, echo
+from mergekit_act.logs import muted
 
 
 @command(
@@ -37,7 +38,7 @@ def check(arguments: tuple[str, ...], as_json: bool, quiet: bool) -> None:
 
     path, options = parse_check_arguments(arguments)
     try:
-        with quiet_checks():
+        with muted("mergekit_act.checking"):  # what it would warn of is in the summary
             summary = check_config(path, options)
     except (ValueError, OSError) as error:
         if not as_json:
@@ -97,7 +98,7 @@ def card(arguments: tuple[str, ...], quiet: bool, **options: Any) -> None:
     from mergekit_act.checking.summary import parse_check_arguments
 
     merged_dir, merge_options = parse_check_arguments(arguments)
-    with quiet_checks():
+    with muted("mergekit_act.checking"):  # what it would warn of is in the summary
         written = write_merge_card(Path(merged_dir), merge_options, **options)
     for remark in written.remarks:
         echo(f"note: {remark}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergekit_act.abilities import AbilitiesFile, Ability, AbilitySamples, Sample, Tokenizers, collect_samples
 from mergekit_act.abilities.samples import fingerprint_samples
+from mergekit_act.logs import muted
 
 __all__ = ["HeldOut", "collect_held_out"]
 
@@ -150,18 +151,14 @@ def _collect(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> AbilityS
 
 def _profiled(file: AbilitiesFile, name: str, tokenizers: Tokenizers) -> set[bytes]:
     """The profiled samples of an ability, as keys. What there is to tell of them was told when they were profiled."""
-    log = logging.getLogger(collect_samples.__module__)
-    before = log.level
-    log.setLevel(logging.ERROR)
     try:
-        return {_key(sample) for sample in collect_samples(file, name, tokenizers).samples}
+        with muted(collect_samples.__module__):
+            return {_key(sample) for sample in collect_samples(file, name, tokenizers).samples}
     except (FileNotFoundError, ValueError) as error:
         if file.abilities[name].evaluate.dataset is None:
             raise
         LOG.warning('ability "%s": held-out samples were not compared with the profiled ones: %s', name, error)
         return set()
-    finally:
-        log.setLevel(before)
 
 
 def _key(sample: Sample) -> bytes:

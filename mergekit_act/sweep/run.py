@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mergekit_act.checkpoints import Checkpoint, open_checkpoint, parse_referenc
 from mergekit_act.devices import usable_device
 from mergekit_act.evaluation import HeldOut, NotFiniteError, collect_held_out, generate_answers, score_answers
 from mergekit_act.files import check_free, check_writable, write_atomically
+from mergekit_act.logs import muted
 from mergekit_act.models import check_samples_fit, load_model
 from mergekit_act.report import check_drawing
 from mergekit_act.runs.folders import claimed
@@ -216,7 +217,8 @@ class _Sweep:
         """The target with a point's merge in it; yields how many channels and parameters that changes."""
         if point.density != self._density:
             written = self.config.at(point)
-            with _quiet_planner(first=self._density is None):
+            # What the planner remarks of a config holds for all densities: once is enough.
+            with nullcontext() if self._density is None else muted("mergekit_act.checking"):
                 check = plan_merge(MergeConfiguration.model_validate(written), self.options)
             self.patched.plan(check)
             self._density, self._moved = point.density, count_moved(check)
@@ -236,18 +238,6 @@ class _Sweep:
             answers = generate_answers(self.patched.model, one, batch_tokens=self.batch_tokens)
             found[one.ability] = sum(answer.is_right for answer in answers) / len(answers)
         return found
-
-
-@contextmanager
-def _quiet_planner(*, first: bool) -> Iterator[None]:
-    """What the planner remarks of a config holds for all densities: once is enough."""
-    log = logging.getLogger("mergekit_act.checking")
-    level = log.level
-    log.setLevel(level if first else logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _recipe(
