@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["LONGEST", "enumerate_some", "escape", "shorten"]
+__all__ = ["LONGEST", "as_csv", "enumerate_some", "escape", "shorten", "show_bytes"]
 
 LONGEST = 2000  # characters of a message
 
@@ -57,3 +59,24 @@ def enumerate_some(items: Iterable[object], separator: str = ", ", *, most: int 
         shown.append(text)
     more = len(found) - len(shown)
     return separator.join([*shown, *([f"and {more} more"] if more else [])])
+
+
+def as_csv(rows: Iterable[Sequence[object]]) -> str:
+    r"""Rows as csv; None is an empty cell, and names stay on one line.
+
+    >>> as_csv([["a", "b"], ["x\ny", None]])
+    'a,b\nx\\ny,\n'
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([escape(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+    return text.getvalue()
+
+
+def show_bytes(size: float) -> str:
+    """A size for people.
+
+    >>> show_bytes(1_530_000_000), show_bytes(12_000_000)
+    ('1.53 GB', '12 MB')
+    """
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

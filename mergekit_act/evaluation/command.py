@@ -13,7 +13,7 @@ from mergekit_act.abilities import AbilitiesFile, Tokenizers
 from mergekit_act.checkpoints import open_checkpoint
 from mergekit_act.devices import default_device, default_dtype, usable_device
 from mergekit_act.evaluation.held_out import collect_held_out
-from mergekit_act.evaluation.run import Evaluated, Outputs, Settings, as_csv, as_json, evaluate_models
+from mergekit_act.evaluation.run import Evaluated, Outputs, Settings, evaluate_models, results_csv, results_json
 from mergekit_act.files import check_free, check_writable
 from mergekit_act.report import list_evaluation
 from mergekit_act.runs.folders import claimed
@@ -104,9 +104,9 @@ def run_evaluation(
                 results += found
     finally:  # what is measured is told, also if a later model fails
         if results and json_out == "-":
-            yield as_json(results, held_out, settings).rstrip()
+            yield results_json(results, held_out, settings).rstrip()
         if results and csv_out == "-":
-            yield as_csv(results).rstrip()
+            yield results_csv(results).rstrip()
         if results and "-" not in (json_out, csv_out):
             yield list_evaluation(results)
             yield from map(str, paths)

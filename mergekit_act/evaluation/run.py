@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +18,7 @@ from mergekit_act.evaluation.statistics import Measure, measure
 from mergekit_act.files import write_atomically
 from mergekit_act.models import check_samples_fit, load_model
 from mergekit_act.versions import installed_versions
+from mergekit_act.wording import as_csv
 
 __all__ = ["Evaluated", "Outputs", "Settings", "evaluate_models"]
 
@@ -180,8 +179,8 @@ def _write(
     settings: Settings,
 ) -> None:
     writers: list[tuple[Path | None, Callable[[], str]]] = [
-        (outputs.json, lambda: as_json(results, held_out, settings)),
-        (outputs.csv, lambda: as_csv(results)),
+        (outputs.json, lambda: results_json(results, held_out, settings)),
+        (outputs.csv, lambda: results_csv(results)),
         (outputs.predictions, lambda: "".join(_predictions(raw, held_out))),
     ]
     for path, content in writers:
@@ -189,7 +188,7 @@ def _write(
             write_atomically(path, content().encode(), overwrite=True)
 
 
-def as_json(results: Sequence[Evaluated], held_out: Sequence[HeldOut], settings: Settings) -> str:
+def results_json(results: Sequence[Evaluated], held_out: Sequence[HeldOut], settings: Settings) -> str:
     """Everything that was measured, and with what."""
     content = {
         "format_version": 1,
@@ -211,21 +210,19 @@ def as_json(results: Sequence[Evaluated], held_out: Sequence[HeldOut], settings:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def as_csv(results: Sequence[Evaluated]) -> str:
+def results_csv(results: Sequence[Evaluated]) -> str:
     """A row per model and ability."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     parts = ("", "_low", "_high", "_difference", "_difference_low", "_difference_high")
     measures = ("nll", "exact_match")
     plain = ("model", "ability", "role", "samples", "answer_tokens")
-    writer.writerow([*plain, *(measured + part for measured in measures for part in parts)])
+    rows: list[list[Any]] = [[*plain, *(measured + part for measured in measures for part in parts)]]
     for result in results:
         cells: list[Any] = [getattr(result, name) for name in plain]
         for measured in measures:
             found: Measure | None = getattr(result, measured)
             cells += [None] * len(parts) if found is None else _flat(found)
-        writer.writerow(["" if cell is None else cell for cell in cells])
-    return text.getvalue()
+        rows.append(cells)
+    return as_csv(rows)
 
 
 def _flat(found: Measure) -> list[float | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from mergekit_act.runs.folders import claimed, lock_of
 from mergekit_act.runs.processes import rank_and_count
 from mergekit_act.runs.settings import keep_settings
 from mergekit_act.versions import installed_versions
+from mergekit_act.wording import as_csv
 
 __all__ = ["finetune"]
 
@@ -274,11 +274,9 @@ class _Run:
         rows = [entry for entry in history if "loss" in entry]
         if not rows:
             return
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["step", "loss", "learning_rate", "grad_norm"])
-        writer.writerows([row["step"], row["loss"], row["learning_rate"], row.get("grad_norm", "")] for row in rows)
-        write_atomically(self.out / "loss.csv", text.getvalue().encode(), overwrite=True)
+        cells = [[row["step"], row["loss"], row["learning_rate"], row.get("grad_norm")] for row in rows]
+        content = as_csv([["step", "loss", "learning_rate", "grad_norm"], *cells])
+        write_atomically(self.out / "loss.csv", content.encode(), overwrite=True)
         if can_draw():
             draw_losses([row["step"] for row in rows], [row["loss"] for row in rows], self._picture)
 

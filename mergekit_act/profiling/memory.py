@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-__all__ = ["MemoryPlan", "free_memory", "host_memory", "parse_bytes", "plan_memory", "show_bytes"]
+__all__ = ["MemoryPlan", "free_memory", "host_memory", "parse_bytes", "plan_memory"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -110,8 +110,3 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise ValueError(f'"{text}" is no size; expected a number with a unit, such as 1.5GB or 900MB')
     return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def show_bytes(size: float) -> str:
-    """A size for people: ``1.53 GB``, ``12 MB``."""
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

@@ -16,12 +16,13 @@ from mergekit_act.profiling.chunks import ChunkCutter
 from mergekit_act.profiling.differences import Engine, Work, activation_bytes
 from mergekit_act.profiling.hidden import HiddenStates, Place
 from mergekit_act.profiling.loading import ModelWeights
-from mergekit_act.profiling.memory import MemoryPlan, free_memory, plan_memory, show_bytes
+from mergekit_act.profiling.memory import MemoryPlan, free_memory, plan_memory
 from mergekit_act.profiling.pair import ModelPair
 from mergekit_act.profiling.segments import SegmentedModel
 from mergekit_act.profiling.state import RunState
 from mergekit_act.profiling.sums import DifferenceSums, scratch_bytes
 from mergekit_act.profiling.weights import PairWeights
+from mergekit_act.wording import show_bytes
 
 __all__ = ["Pass"]
 

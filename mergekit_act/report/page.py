@@ -18,8 +18,8 @@ from mergekit_act.report.canvas import DARK, can_draw, for_page, save_figure
 from mergekit_act.report.comparison import Comparison, load_comparison
 from mergekit_act.report.parts import Picture, Section
 from mergekit_act.report.sections import make_sections
-from mergekit_act.report.tables import as_csv, percent, shown_density
-from mergekit_act.wording import escape
+from mergekit_act.report.tables import percent, shown_density
+from mergekit_act.wording import as_csv, escape
 
 __all__ = ["write_report"]
 
@@ -79,7 +79,9 @@ def write_report(
     shown = tqdm(pictures, desc="drawing", unit="figure", disable=quiet or None)
     drawn = {picture.name: _draw(picture, out_dir) for picture in shown}
     for made in tables:
-        write_atomically(out_dir / f"{made.name}.csv", as_csv(made.csv_header, made.csv_rows).encode(), overwrite=True)
+        write_atomically(
+            out_dir / f"{made.name}.csv", as_csv([made.csv_header, *made.csv_rows]).encode(), overwrite=True
+        )
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mergekit_act", "report"),
         autoescape=True,

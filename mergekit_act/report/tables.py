@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from mergekit_act.wording import escape
 
-__all__ = ["Cell", "Row", "Table", "as_csv", "percent", "shown_density", "size", "table"]
+__all__ = ["Cell", "Row", "Table", "percent", "shown_density", "size", "table"]
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,6 @@ class Table:
     rows: Sequence[Row]
     csv_header: Sequence[str]
     csv_rows: Sequence[Sequence[object]]
-
-
-def as_csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows as csv; None is an empty cell, and names stay on one line."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([escape(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
-    return text.getvalue()
 
 
 def percent(part: float, whole: float) -> str:

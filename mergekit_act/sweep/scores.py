@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mergekit_act.files import write_atomically
 from mergekit_act.sweep.grid import Point
+from mergekit_act.wording import as_csv
 
 __all__ = ["Roles", "Score", "ScoreFile", "best_point", "frontier"]
 
@@ -96,14 +97,12 @@ class ScoreFile:
         weight = "" if point is None else ";".join(map(repr, point.weights))
         row = ["" if point is None else repr(point.density), weight, score.channels, score.parameters]
         row += [repr(score.recover), "" if score.keep is None else repr(score.keep), f"{score.seconds:.3f}"]
-        line = io.StringIO()
-        writer = csv.writer(line, lineterminator="\n")
+        rows: list[list[object]] = [[*row, *(repr(nll[name]) for name in self._abilities)]]
         if not self.path.exists() or not self.path.stat().st_size:
-            writer.writerow(self._header)
-        writer.writerow([*row, *(repr(nll[name]) for name in self._abilities)])
+            rows.insert(0, [*self._header])
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line.getvalue())
+                file.write(as_csv(rows))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
