@@ -19,6 +19,8 @@ __all__ = ["HeldOut", "collect_held_out"]
 
 LOG = logging.getLogger(__name__)
 
+_REMEDY = '; choose another "split" or "offset" under "evaluate", or mend rows that stand twice'
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -50,12 +52,20 @@ class HeldOut:
         """int64 ``[tokens]`` per sample: all before its last stretch of answer tokens."""
         return [sample.input_ids[: _answer_start(sample)] for sample in self.samples]
 
-    def check_generation(self) -> None:
-        """See that answers can be generated and compared, before any model is loaded.
+    def check(self, *, generate: bool) -> None:
+        """See that there is something to measure, before any model is loaded.
+
+        Args:
+            generate: whether answers are to be generated and compared.
 
         Raises:
-            ValueError: a sample has no prompt, or ``extract`` finds nothing in a right answer.
+            ValueError: all samples were profiled; or, to generate, a sample has no prompt, or ``extract`` finds nothing
+                in a right answer.
         """
+        if not self.samples:
+            raise ValueError(_told(self.ability, self.data.data["duplicates_left_out"], 0, _REMEDY))
+        if not generate:
+            return
         empty = next((place for place, prompt in enumerate(self.prompts) if not len(prompt)), None)
         if empty is not None:
             raise ValueError(
@@ -103,7 +113,7 @@ def collect_held_out(file: AbilitiesFile, tokenizers: Tokenizers, names: Sequenc
     """Load the held-out samples of abilities.
 
     A held-out sample is another one than all profiled samples of its ability: one with the same token ids, as two
-    equal rows give, is left out, which is told.
+    equal rows give, is left out, which is told. If none is left, ``HeldOut.check`` says so.
 
     Args:
         file: the abilities file.
@@ -171,20 +181,24 @@ def _may_overlap(ability: Ability) -> bool:
     return ability.evaluate.dataset is None and ours != theirs and ours.partition("[")[0] == theirs.partition("[")[0]
 
 
+def _told(name: str, common: int, others: int, more: str) -> str:
+    return f'ability "{name}": {common} of {common + others} held-out samples are among the profiled ones{more}'
+
+
 def _without_profiled(name: str, ability: Ability, data: AbilitySamples, profiled: set[bytes]) -> AbilitySamples:
     """The samples that were not profiled, of the data set that ``data`` tells.
 
     Raises:
-        ValueError: none is left, or the splits may be slices that overlap.
+        ValueError: some were, and the splits may be slices that overlap.
     """
     kept = tuple(sample for sample in data.samples if _key(sample) not in profiled)
     common = len(data.samples) - len(kept)
     if not common:
         return data
-    told = f'ability "{name}": {common} of {len(data.samples)} held-out samples are among the profiled ones'
-    if not kept or _may_overlap(ability):
-        raise ValueError(f'{told}; choose another "split" or "offset" under "evaluate", or mend rows that stand twice')
-    LOG.warning("%s and left out", told)
+    if _may_overlap(ability):
+        raise ValueError(_told(name, common, len(kept), _REMEDY))
+    if kept:
+        LOG.warning(_told(name, common, len(kept), " and left out"))
     settings = data.data | {"duplicates_left_out": common, "fingerprint": fingerprint_samples(kept)}
     return AbilitySamples(name, kept, settings)
 

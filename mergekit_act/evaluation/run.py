@@ -115,8 +115,7 @@ def evaluate_models(
     outputs = outputs or Outputs()
     names = [str(checkpoint.reference) for checkpoint in checkpoints]
     for one in held_out:  # told before anything is loaded
-        if settings.generate:
-            one.check_generation()
+        one.check(generate=settings.generate)
         for checkpoint in checkpoints:
             check_samples_fit(checkpoint, one.data, one.tokenizer.backend_tokenizer)
     raw: list[dict[str, _Raw]] = []

@@ -122,8 +122,7 @@ def run_sweep(
         for model in (config.target, *config.models)
     )
     for one in held_out:
-        if generate:
-            one.check_generation()
+        one.check(generate=generate)
         check_samples_fit(target, one.data, one.tokenizer.backend_tokenizer)
     dtype = config.dtype or _common_dtype([target, *abilities])
     device = usable_device(device)
