@@ -319,14 +319,17 @@ def test_mergekit_multi_does_not_begin_if_a_later_merge_will_fail(pair_of, tmp_p
     target, ability = pair_of("qwen2")
     random_mask(target, ability, tmp_path / "m.safetensors")
     first = act_config(target, (ability, {"weight": 0.5, "mask": str(tmp_path / "m.safetensors")})) | {"name": "first"}
-    second = act_config(target, (Path("/gone"), {"wieght": 0.5, "mask": "none.safetensors"})) | {"base_model": "first"}
+    second = act_config(target, (Path("/gone away"), {"wieght": 0.5, "mask": "none.safetensors"})) | {
+        "base_model": "first"
+    }
     (tmp_path / "c.yml").write_text(yaml.safe_dump_all([first, second]))
     arguments = [str(tmp_path / "c.yml"), "--out-path", str(tmp_path / "out"), "-I", str(tmp_path / "steps"), "--quiet"]
     run = CliRunner().invoke(mergekit_multi, arguments)
     assert run.exit_code == 1
     assert 'the unnamed merge: merge method act has no parameter "wieght"' in run.output
     assert 'the unnamed merge: mask "none.safetensors" does not exist' in run.output
-    assert "the unnamed merge: /gone does not exist" in run.output
+    assert "the unnamed merge: /gone away does not exist" in run.output
+    assert 'the unnamed merge: mergekit-multi can\'t write "/gone away" down' in run.output
     assert not list((tmp_path / "steps").iterdir())
 
 

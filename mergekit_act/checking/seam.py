@@ -108,7 +108,12 @@ def wrap_multimerge() -> None:
             for name, config in given["merge_configs"].items():
                 if is_ours(config.merge_method):
                     there = [m for m in config.referenced_models() if str(Path(m.model.path)) not in made]
-                    found = config_problems(plain(config), get(config.merge_method).spec)
+                    found = [
+                        f'mergekit-multi can\'t write "{model}" down: rename it without spaces and quotes'
+                        for model in config.referenced_models()
+                        if set(' "') & set(str(model))
+                    ]
+                    found += config_problems(plain(config), get(config.merge_method).spec)
                     found += model_problems(there, given["merge_options"])
                     problems += [f"{name or 'the unnamed merge'}: {problem}" for problem in found]
             if problems:
