@@ -450,6 +450,20 @@ def test_profiles_and_masks_have_a_readme_beside_them(work):
     assert "| all | `ability`, `target` | `sums.jsonl` | activation, scores | 4 |" in text
 
 
+def test_the_working_directory_gets_no_card_unasked(work, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["mask", str(work / "profiles" / "even.safetensors"), "--density", "0.1", "-o"]
+    for name, files in (("m.safetensors", []), ("masks/m.safetensors", ["masks/README.md"])):
+        done = CliRunner().invoke(main, [*arguments, name])
+        assert done.exit_code == 0, done.output
+        assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("README.md")] == files
+    assert CliRunner().invoke(main, ["card", "."]).output == "README.md\n"
+    assert "[m.safetensors](m.safetensors)" in Path("README.md").read_text(encoding="utf-8")
+    Path("README.md").write_text("# Mine\n")
+    done = CliRunner().invoke(main, ["card", "."])
+    assert done.output == "Error: README.md is of somebody else; move it, and give the same command again\n"
+
+
 def test_a_readme_of_others_is_left_alone_and_ours_keeps_what_they_add(work, tmp_path, caplog):
     for name in ("even", "odd"):
         shutil.copy(work / "profiles" / f"{name}.safetensors", tmp_path)

@@ -32,7 +32,7 @@ from mergekit_act.cards.markdown import (
 from mergekit_act.files import file_hash
 from mergekit_act.report.listings import describe_selection
 
-__all__ = ["write_folder_card"]
+__all__ = ["has_artifacts", "write_folder_card"]
 
 LOG = logging.getLogger(__name__)
 
@@ -48,6 +48,11 @@ class _File:
     is_mask: bool
     sources: Sequence[Source]
     channels: int | None
+
+
+def has_artifacts(folder: Path) -> bool:
+    """Whether a folder has profiles or masks in it."""
+    return any(_read(path) is not None for path in sorted(folder.glob("*.safetensors")))
 
 
 def write_folder_card(folder: Path) -> Path | None:

@@ -32,7 +32,15 @@ from mergekit_act.cli.framework import command, common, echo
 @options.trust
 @options.overwrite
 @common
-def evaluate(models: tuple[str, ...], file: Path, names: tuple[str, ...], **options: Any) -> None:
+def evaluate(
+    models: tuple[str, ...],
+    file: Path,
+    names: tuple[str, ...],
+    json_out: str | None,
+    csv_out: str | None,
+    predictions: Path | None,
+    **settings: Any,
+) -> None:
     """Measure models on held-out samples.
 
     For every MODEL and ability: negative log-likelihood of the answers per token, exact match of greedy answers, with
@@ -42,10 +50,26 @@ def evaluate(models: tuple[str, ...], file: Path, names: tuple[str, ...], **opti
     Files are written after each model.
     """
     from mergekit_act.abilities import load_abilities
-    from mergekit_act.evaluation.command import run_evaluation
+    from mergekit_act.evaluation import Outputs, run_evaluation
+    from mergekit_act.report import list_evaluation
 
-    for line in run_evaluation(models, load_abilities(file), names or None, **options):
-        echo(line)
+    if json_out == csv_out == "-":
+        raise ValueError("--json and --csv cannot both be printed; name a file for one of them")
+    json, csv = (None if path in (None, "-") else Path(path) for path in (json_out, csv_out))
+    outputs = Outputs(json, csv, predictions)
+    done = None
+    try:
+        for evaluation in run_evaluation(models, load_abilities(file), names or None, outputs=outputs, **settings):
+            done = evaluation
+    finally:  # what is measured is told, also if a later model fails
+        if done is not None and json_out == "-":
+            echo(done.json().rstrip())
+        elif done is not None and csv_out == "-":
+            echo(done.csv().rstrip())
+        elif done is not None:
+            echo(list_evaluation(done.results))
+            for path in outputs.paths():
+                echo(path)
 
 
 @command()

@@ -73,7 +73,7 @@ def merge(arguments: tuple[str, ...]) -> None:
     context_settings={"ignore_unknown_options": True},
     options_metavar="[OPTIONS] [OPTIONS OF mergekit-yaml]",
 )
-@click.argument("arguments", metavar="MERGED_DIR", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("arguments", metavar="FOLDER", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option(
     "--evaluation",
     metavar="FILE.json",
@@ -86,20 +86,30 @@ def merge(arguments: tuple[str, ...]) -> None:
 def card(arguments: tuple[str, ...], quiet: bool, **options: Any) -> None:
     """Say on a merge's model card what was moved.
 
-    Extends the README.md that mergekit wrote to MERGED_DIR: method, models, abilities and their data, what was moved,
+    Extends the README.md that mergekit wrote to FOLDER: method, models, abilities and their data, what was moved,
     how to make it again. Copies the masks into it, with act.yml and abilities.yml. Run it where the merge was run, with
     the options of mergekit-yaml that it was given. The same command again changes nothing; parts of the card that
     others wrote stay.
+
+    Of a FOLDER with profiles and masks, writes the README.md that describes them.
     """
     from mergekit_act import autoload
 
     autoload.install()
+    from mergekit_act.cards.files import has_artifacts, write_folder_card
     from mergekit_act.cards.merged import write_merge_card
     from mergekit_act.checking.summary import parse_check_arguments
 
-    merged_dir, merge_options = parse_check_arguments(arguments)
+    named, merge_options = parse_check_arguments(arguments)
+    folder = Path(named)
+    if not (folder / "config.json").exists() and has_artifacts(folder):
+        readme = write_folder_card(folder)
+        if readme is None:
+            raise ValueError(f"{folder / 'README.md'} is of somebody else; move it, and give the same command again")
+        echo(readme)
+        return
     with muted("mergekit_act.checking"):  # what it would warn of is in the summary
-        written = write_merge_card(Path(merged_dir), merge_options, **options)
+        written = write_merge_card(folder, merge_options, **options)
     for remark in written.remarks:
         echo(f"note: {remark}")
     for path in written.files:

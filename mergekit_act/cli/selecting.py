@@ -88,10 +88,13 @@ def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **
     from mergekit_act.report import list_expert_tokens
 
     file = load_abilities(abilities_file)
-    for path, made in write_profiles(file, out_dir, criterion=criterion, quiet=quiet, **options).items():
+    written = write_profiles(file, out_dir, criterion=criterion, quiet=quiet, **options)
+    for path, made in written.items():
         echo(path)
         if "expert_tokens" in made.data:
             echo(list_expert_tokens(made))
+    if written:  # by this process
+        _describe(out_dir)
 
 
 @command()
@@ -146,8 +149,8 @@ def mask(
 ) -> None:
     """Select the top channels of profiles.
 
-    Keeps the top channels of each PROFILE and writes their union as a mask, and beside it a README.md for the Hub if
-    there is none.
+    Keeps the top channels of each PROFILE and writes their union as a mask, and beside it a README.md for the Hub, but
+    in the working directory.
     """
     given = {"ranking": retain_ranking, "strength": retain_strength, "density": retain_density}
     given = {name: value for name, value in given.items() if value is not None}
@@ -158,7 +161,6 @@ def mask(
     if retain_strength is not None and retain_ranking not in (None, "difference"):
         raise ValueError(f"--retain-strength belongs to the ranking by difference, not by {retain_ranking}")
     from mergekit_act.artifacts import load_profile, save_mask
-    from mergekit_act.cards.files import write_folder_card
     from mergekit_act.files import check_free, file_hash
     from mergekit_act.report import list_mask
     from mergekit_act.report.listings import head_warning
@@ -178,10 +180,17 @@ def mask(
     if warning:
         echo(f"warning: {warning}", err=True)
     save_mask(made, out, overwrite=overwrite)
-    readme = write_folder_card(out.parent)
     echo(list_mask(made))
+    readme = _describe(out.parent)
     if readme is not None:
         echo(f"described for the Hub: {readme}")
+
+
+def _describe(folder: Path) -> Path | None:
+    """Write a folder's card for the Hub; the working directory may be for other things, and gets none unasked."""
+    from mergekit_act.cards.files import write_folder_card
+
+    return None if folder.resolve() == Path.cwd() else write_folder_card(folder)
 
 
 @command()

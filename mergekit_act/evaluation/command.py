@@ -1,10 +1,9 @@
-"""From a command line to evaluated models: what the command ``evaluate`` does."""
+"""From model references and an abilities file to measured models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -13,9 +12,8 @@ from mergekit_act.abilities import AbilitiesFile, Tokenizers
 from mergekit_act.checkpoints import open_checkpoint
 from mergekit_act.devices import default_device, default_dtype, usable_device
 from mergekit_act.evaluation.held_out import collect_held_out
-from mergekit_act.evaluation.run import Evaluated, Outputs, Settings, evaluate_models, results_csv, results_json
+from mergekit_act.evaluation.run import Evaluation, Outputs, Settings, evaluate_models
 from mergekit_act.files import check_free, check_writable
-from mergekit_act.report import list_evaluation
 from mergekit_act.runs.folders import claimed
 
 __all__ = ["run_evaluation"]
@@ -26,33 +24,29 @@ def run_evaluation(
     file: AbilitiesFile,
     names: Sequence[str] | None = None,
     *,
+    outputs: Outputs | None = None,
     generate: bool = True,
     device: str | None = None,
     dtype: str | None = None,
     batch_tokens: int = 4096,
     random_seed: int = 0,
-    json_out: str | None = None,
-    csv_out: str | None = None,
-    predictions: Path | None = None,
     lora_merge_cache: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-) -> Iterator[str]:
-    """Evaluate models and yield what is to be printed.
+) -> Iterator[Evaluation]:
+    """Evaluate models one after another; yields after each what is measured so far.
 
     Args:
         models: model references; the first is what the others are compared with.
         file: the abilities file.
         names: which of its abilities; None for all.
+        outputs: files to write.
         generate: whether answers are generated too.
         device: where models run; None takes the accelerator if there is one.
         dtype: name of the dtype in which they run.
         batch_tokens: tokens in a micro-batch.
         random_seed: of the bootstrap.
-        json_out: a file, or "-" to print JSON instead of the table.
-        csv_out: likewise.
-        predictions: file for what was generated.
         lora_merge_cache: folder for merged models, for references of the form ``model+lora``.
         trust_remote_code: allow the models' own code from the Hub.
         overwrite: replace output files that exist.
@@ -67,10 +61,8 @@ def run_evaluation(
     twice = sorted({model for model in models if list(models).count(model) > 1})
     if twice:
         raise ValueError(f"{twice[0]} is named twice")
-    if json_out == csv_out == "-":
-        raise ValueError("--json and --csv cannot both be printed; name a file for one of them")
-    outputs = Outputs(_file(json_out), _file(csv_out), predictions)
-    paths = [path for path in (outputs.json, outputs.csv, outputs.predictions) if path is not None]
+    outputs = outputs or Outputs()
+    paths = outputs.paths()
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(f"{', '.join(map(str, paths))}: two outputs would go into one file; name different ones")
     check_free(paths, overwrite=overwrite)
@@ -95,22 +87,7 @@ def run_evaluation(
         open_checkpoint(model, lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code)
         for model in models
     ]
-    results: list[Evaluated] = []
-    try:
-        with ExitStack() as claims:
-            for path in paths:
-                claims.enter_context(claimed(path))
-            for found in evaluate_models(checkpoints, held_out, settings, outputs):
-                results += found
-    finally:  # what is measured is told, also if a later model fails
-        if results and json_out == "-":
-            yield results_json(results, held_out, settings).rstrip()
-        if results and csv_out == "-":
-            yield results_csv(results).rstrip()
-        if results and "-" not in (json_out, csv_out):
-            yield list_evaluation(results)
-            yield from map(str, paths)
-
-
-def _file(option: str | None) -> Path | None:
-    return None if option in (None, "-") else Path(option)
+    with ExitStack() as claims:
+        for path in paths:
+            claims.enter_context(claimed(path))
+        yield from evaluate_models(checkpoints, held_out, settings, outputs)

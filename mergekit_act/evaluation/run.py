@@ -1,4 +1,4 @@
-"""Evaluate models on the held-out samples of an abilities file: what the command ``evaluate`` does."""
+"""Measure models one after another on held-out samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mergekit_act.models import check_samples_fit, load_model
 from mergekit_act.versions import installed_versions
 from mergekit_act.wording import as_csv
 
-__all__ = ["Evaluated", "Outputs", "Settings", "evaluate_models"]
+__all__ = ["Evaluated", "Evaluation", "Outputs", "Settings", "evaluate_models"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,56 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        results: of each model and ability, in the order in which they were measured.
+        held_out: the samples of each ability.
+        settings: how the models were run.
+    """
+
+    results: Sequence[Evaluated]
+    held_out: Sequence[HeldOut]
+    settings: Settings
+
+    def json(self) -> str:
+        """Everything that was measured, and with what."""
+        content = {
+            "format_version": 1,
+            "versions": installed_versions("mergekit", "torch", "transformers"),
+            "settings": {
+                "device": self.settings.device,
+                "dtype": str(self.settings.dtype).removeprefix("torch."),
+                "batch_tokens": self.settings.batch_tokens,
+                "random_seed": self.settings.random_seed,
+            },
+            "abilities": {
+                one.ability: one.data.data
+                | {"role": one.role, "max_new_tokens": one.max_new_tokens}
+                | {"extract": None if one.extract is None else one.extract.pattern}
+                for one in self.held_out
+            },
+            "results": [asdict(result) for result in self.results],
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    def csv(self) -> str:
+        """A row per model and ability."""
+        parts = ("", "_low", "_high", "_difference", "_difference_low", "_difference_high")
+        measures = ("nll", "exact_match")
+        plain = ("model", "ability", "role", "samples", "answer_tokens")
+        rows: list[list[Any]] = [[*plain, *(measured + part for measured in measures for part in parts)]]
+        for result in self.results:
+            cells: list[Any] = [getattr(result, name) for name in plain]
+            for measured in measures:
+                found: Measure | None = getattr(result, measured)
+                cells += [None] * len(parts) if found is None else _flat(found)
+            rows.append(cells)
+        return as_csv(rows)
+
+
+@dataclass(frozen=True)
 class Outputs:
     """Files that are written anew after each model, so that nothing is lost if a later one fails.
 
@@ -82,6 +132,10 @@ class Outputs:
     json: Path | None = None
     csv: Path | None = None
     predictions: Path | None = None
+
+    def paths(self) -> list[Path]:
+        """The files that are named."""
+        return [path for path in (self.json, self.csv, self.predictions) if path is not None]
 
 
 @dataclass
@@ -98,10 +152,10 @@ def evaluate_models(
     held_out: Sequence[HeldOut],
     settings: Settings,
     outputs: Outputs | None = None,
-) -> Iterator[list[Evaluated]]:
+) -> Iterator[Evaluation]:
     """Score models one after another; each is compared with the first on the same samples.
 
-    Yields each model's results, one per ability.
+    Yields after each model what is measured so far.
 
     Args:
         checkpoints: the models.
@@ -128,10 +182,10 @@ def evaluate_models(
         del model
         raw.append(measured)
         first = raw[0] if len(raw) > 1 else None
-        found = [_compare(name, one, measured, first, settings) for one in held_out]
-        results += found
-        _write(outputs, results, dict(zip(names, raw, strict=False)), held_out, settings)
-        yield found
+        results += [_compare(name, one, measured, first, settings) for one in held_out]
+        evaluation = Evaluation(tuple(results), held_out, settings)
+        _write(outputs, evaluation, dict(zip(names, raw, strict=False)))
+        yield evaluation
 
 
 def _measure_model(model: Any, name: str, held_out: Sequence[HeldOut], settings: Settings) -> dict[str, _Raw]:
@@ -170,58 +224,15 @@ def _matches(raw: _Raw) -> list[float]:
     return [float(generated.is_right) for generated in raw.generated or ()]
 
 
-def _write(
-    outputs: Outputs,
-    results: Sequence[Evaluated],
-    raw: dict[str, dict[str, _Raw]],
-    held_out: Sequence[HeldOut],
-    settings: Settings,
-) -> None:
+def _write(outputs: Outputs, evaluation: Evaluation, raw: dict[str, dict[str, _Raw]]) -> None:
     writers: list[tuple[Path | None, Callable[[], str]]] = [
-        (outputs.json, lambda: results_json(results, held_out, settings)),
-        (outputs.csv, lambda: results_csv(results)),
-        (outputs.predictions, lambda: "".join(_predictions(raw, held_out))),
+        (outputs.json, evaluation.json),
+        (outputs.csv, evaluation.csv),
+        (outputs.predictions, lambda: "".join(_predictions(raw, evaluation.held_out))),
     ]
     for path, content in writers:
         if path is not None:
             write_atomically(path, content().encode(), overwrite=True)
-
-
-def results_json(results: Sequence[Evaluated], held_out: Sequence[HeldOut], settings: Settings) -> str:
-    """Everything that was measured, and with what."""
-    content = {
-        "format_version": 1,
-        "versions": installed_versions("mergekit", "torch", "transformers"),
-        "settings": {
-            "device": settings.device,
-            "dtype": str(settings.dtype).removeprefix("torch."),
-            "batch_tokens": settings.batch_tokens,
-            "random_seed": settings.random_seed,
-        },
-        "abilities": {
-            one.ability: one.data.data
-            | {"role": one.role, "max_new_tokens": one.max_new_tokens}
-            | {"extract": None if one.extract is None else one.extract.pattern}
-            for one in held_out
-        },
-        "results": [asdict(result) for result in results],
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def results_csv(results: Sequence[Evaluated]) -> str:
-    """A row per model and ability."""
-    parts = ("", "_low", "_high", "_difference", "_difference_low", "_difference_high")
-    measures = ("nll", "exact_match")
-    plain = ("model", "ability", "role", "samples", "answer_tokens")
-    rows: list[list[Any]] = [[*plain, *(measured + part for measured in measures for part in parts)]]
-    for result in results:
-        cells: list[Any] = [getattr(result, name) for name in plain]
-        for measured in measures:
-            found: Measure | None = getattr(result, measured)
-            cells += [None] * len(parts) if found is None else _flat(found)
-        rows.append(cells)
-    return as_csv(rows)
 
 
 def _flat(found: Measure) -> list[float | None]:

@@ -10,7 +10,6 @@ import torch
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers, collect_samples
 from mergekit_act.artifacts import Profile, save_profile
-from mergekit_act.cards.files import write_folder_card
 from mergekit_act.devices import default_dtype, usable_device
 from mergekit_act.files import check_free, check_writable, remove_leftovers
 from mergekit_act.profiling.controls import profile_without_data
@@ -42,7 +41,7 @@ def write_profiles(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[Path, Profile]:
-    """Profile the file's pair; write a profile per ability, or one for a criterion without data, and their README.md.
+    """Profile the file's pair; write a profile per ability, or one for a criterion without data.
 
     An activation run keeps its state beside the profiles, ``profile.state``, until they are written; the same call
     goes on from there. Processes that ``torchrun`` or ``accelerate launch`` started share the samples; the first one
@@ -104,7 +103,6 @@ def write_profiles(
                 return {}
             made = profile_without_data(pair, criterion, random_seed=random_seed)
             save_profile(made, paths[0], overwrite=overwrite)
-            write_folder_card(out_dir)
             return {paths[0]: made}
         with claimed(out_dir / _STATE) if processes.rank == 0 else nullcontext():
             chosen = default_dtype(device) if dtype is None else getattr(torch, dtype)
@@ -130,7 +128,6 @@ def write_profiles(
                 for profile, path in zip(profiles, paths, strict=True):
                     remove_leftovers(path)
                     save_profile(profile, path, overwrite=True)
-                write_folder_card(out_dir)
             processes.wait()  # a state may go when the profiles are there
             state.unlink(missing_ok=True)
             return dict(zip(paths, profiles, strict=True)) if processes.rank == 0 else {}
