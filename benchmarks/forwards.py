@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mergekit_act.abilities.batches import MicroBatch, cut_batches
 from mergekit_act.profiling import open_pair
-from mergekit_act.profiling.differences import Engine, Work
+from mergekit_act.profiling.engine import Engine, Work
 from mergekit_act.profiling.hidden import HiddenStates
 from mergekit_act.profiling.loading import ModelWeights
 from mergekit_act.profiling.memory import MemoryPlan

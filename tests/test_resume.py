@@ -157,7 +157,7 @@ def test_a_run_that_was_ended_while_it_wrote_profiles_writes_them(two_abilities,
         CliRunner().invoke(main, ["profile", str(two_abilities), str(out), *SETTINGS])
     assert sorted(path.name for path in out.iterdir()) == ["one.safetensors", "profile.state"]
     first = (out / "one.safetensors").read_bytes()
-    monkeypatch.setattr("mergekit_act.profiling.differences.Engine.run", None)  # nothing is computed again
+    monkeypatch.setattr("mergekit_act.profiling.engine.Engine.run", None)  # nothing is computed again
     run = CliRunner().invoke(main, ["profile", str(two_abilities), str(out), *SETTINGS])
     assert run.exit_code == 0, run.output
     assert (out / "one.safetensors").read_bytes() == first

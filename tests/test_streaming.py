@@ -224,7 +224,6 @@ def test_chunks_grow_while_models_are_waited_for(monkeypatch):
 def test_out_of_memory_anywhere_halves(pair_of, monkeypatch, tmp_path):
     """In the segments outside of layers and at the head, resident and streamed."""
     from mergekit_act.abilities.batches import MicroBatch
-    from mergekit_act.profiling import differences
 
     samples = [*random_samples(), *random_samples(1)]
     pair = open_pair(*map(str, pair_of("gpt2")))
@@ -247,7 +246,7 @@ def test_out_of_memory_anywhere_halves(pair_of, monkeypatch, tmp_path):
         (SegmentedModel, "embed", 6),
         (SegmentedModel, "normalise", 3),
         (torch, "cat", 5),
-        (differences, "_logits", 2),
+        (engine, "_logits", 2),
         (MicroBatch, "answer_rows", 40),
     ):
         for budget in (10**12, least):

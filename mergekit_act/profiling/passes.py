@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mergekit_act.abilities.batches import MicroBatch
 from mergekit_act.profiling.chunks import ChunkCutter
-from mergekit_act.profiling.differences import Engine, Work, activation_bytes
+from mergekit_act.profiling.engine import Engine, Work, activation_bytes
 from mergekit_act.profiling.hidden import HiddenStates, Place
 from mergekit_act.profiling.loading import ModelWeights
 from mergekit_act.profiling.memory import MemoryPlan, free_memory, plan_memory

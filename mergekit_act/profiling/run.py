@@ -12,9 +12,9 @@ from mergekit_act.abilities import AbilitiesFile, Tokenizers, collect_samples
 from mergekit_act.artifacts import Profile, save_profile
 from mergekit_act.devices import default_dtype, usable_device
 from mergekit_act.files import check_free, check_writable, remove_leftovers
+from mergekit_act.profiling.activation import profile_pair, run_settings
 from mergekit_act.profiling.controls import profile_without_data
 from mergekit_act.profiling.pair import open_pair
-from mergekit_act.profiling.profiler import profile_pair, run_settings
 from mergekit_act.profiling.state import check_settings, is_complete
 from mergekit_act.runs.folders import claimed
 from mergekit_act.runs.processes import Processes, join_processes
