@@ -56,15 +56,15 @@ def test_streamed_profiles_are_the_resident_ones_to_the_bit(pair_of, name, monke
     )
     assert all(torch.equal(alone.scores[module], alone_streamed.scores[module]) for module in alone.scores)
     least = least_budget(pair, abilities)
-    plans = set()
+    stay = []
     for budget in (least, least + 40_000):
         caplog.clear()
         streamed = profile_pair(pair, abilities, memory_budget=budget, **SETTINGS)
-        plans.add(re.search(r"\d of 5 pieces of the models stay in memory", caplog.text)[0])
+        stay.append(int(re.search(r"(\d) of 5 pieces of the models stay in memory", caplog.text)[1]))
         for expected, profile in zip(resident, streamed, strict=True):
             assert all(torch.equal(expected.scores[module], profile.scores[module]) for module in expected.scores)
             assert profile.data == expected.data
-    assert plans
+    assert stay[0] <= stay[1] < 5  # more memory holds no fewer, and something is streamed
 
 
 def test_hidden_states_wait_in_a_file_where_memory_is_short(pair_of, monkeypatch):
@@ -222,6 +222,8 @@ def test_chunks_grow_while_models_are_waited_for(monkeypatch):
 
 
 def test_out_of_memory_anywhere_halves(pair_of, monkeypatch, tmp_path):
+    from mergekit_act.profiling import engine
+
     """In the segments outside of layers and at the head, resident and streamed."""
     from mergekit_act.abilities.batches import MicroBatch
 
