@@ -34,7 +34,9 @@ KINDS = {"act-tied": "qwen2-tied", "act-experts": "qwen3_moe"}
 
 @pytest.mark.parametrize("path", ABILITIES, ids=lambda path: path.name)
 def test_abilities_files_are_valid(path):
-    assert load_abilities(path).abilities
+    roles = {name: ability.role for name, ability in load_abilities(path).abilities.items()}
+    assert "recover" in roles.values()
+    assert list(roles) == list(yaml.safe_load(path.read_text(encoding="utf-8"))["abilities"])
 
 
 def make_example_folder(name: str, folder: Path) -> list[Path]:
