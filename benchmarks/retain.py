@@ -70,10 +70,10 @@ def main(folder: Path, max_density: float) -> None:
 
     from mergekit_act.abilities import Tokenizers, load_abilities
     from mergekit_act.artifacts import load_profile, save_mask
-    from mergekit_act.checking.planning import plan_merge
     from mergekit_act.checkpoints import open_checkpoint
     from mergekit_act.evaluation import collect_held_out, score_answers
     from mergekit_act.models import load_model
+    from mergekit_act.planning import plan_merge
     from mergekit_act.report import table
     from mergekit_act.selection import make_mask
     from mergekit_act.sweep import PatchedModel
@@ -107,7 +107,7 @@ def main(folder: Path, max_density: float) -> None:
                     {"merge_method": "act", "base_model": file.target, "models": [model], "dtype": "float32"}
                 )
                 ability = config.models[0].model
-                patched.plan(plan_merge(config, MergeOptions()))
+                patched.take(plan_merge(config, MergeOptions()))
                 for weight in WEIGHTS:
                     with patched.patched({ability: weight}):
                         recover, keep = likelihoods()

@@ -31,10 +31,10 @@ def main(model, folder, density, samples, tokens, device, rounds) -> None:
     from mergekit.options import MergeOptions
 
     from mergekit_act.artifacts import save_profile
-    from mergekit_act.checking.planning import plan_merge
     from mergekit_act.checkpoints import open_checkpoint
     from mergekit_act.evaluation import score_answers
     from mergekit_act.models import load_model
+    from mergekit_act.planning import plan_merge
     from mergekit_act.profiling import open_pair, profile_without_data
     from mergekit_act.report import table
     from mergekit_act.sweep import PatchedModel
@@ -57,7 +57,7 @@ def main(model, folder, density, samples, tokens, device, rounds) -> None:
         given = random_ability(samples, tokens, loaded.config.vocab_size).samples
         patched = PatchedModel(loaded, torch.bfloat16)
         started = time.perf_counter()
-        patched.plan(plan_merge(config, MergeOptions()))
+        patched.take(plan_merge(config, MergeOptions()))
         planning = time.perf_counter() - started
         seconds: dict[str, list[float]] = {"evaluation": [], "point": [], "patch and restore": []}
         for turn in range(rounds + 1):  # the first is for warming up

@@ -18,10 +18,10 @@ _SWITCH = "MERGEKIT_ACT_AUTOLOAD"
 # theirs is imported, which may be what imports mergekit in the first place.
 _COMPLETIONS = {
     "mergekit.merge_methods": ("mergekit_act.merging", None),
-    "mergekit.merge": ("mergekit_act.checking", "wrap_merge"),
-    "mergekit.plan": ("mergekit_act.checking", "wrap_planner"),
-    "mergekit.scripts.multimerge": ("mergekit_act.checking", "wrap_multimerge"),
-    "mergekit.scripts.merge_raw_pytorch": ("mergekit_act.checking", "wrap_flat_planner"),
+    "mergekit.merge": ("mergekit_act.checking", "guard_merge"),
+    "mergekit.plan": ("mergekit_act.checking", "guard_planner"),
+    "mergekit.scripts.multimerge": ("mergekit_act.checking", "guard_multimerge"),
+    "mergekit.scripts.merge_raw_pytorch": ("mergekit_act.checking", "guard_flat_planner"),
 }
 _failed: dict[str, str] = {}  # module that could not be completed -> why
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from click.testing import CliRunner
 from mergekit.merge_methods import get
 
-from mergekit_act.checking.configs import MergeConfigError, config_problems
+from mergekit_act.checking.configs import config_problems
 from mergekit_act.cli import main
+from mergekit_act.planning import MergeConfigError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -21,8 +21,8 @@ from test_merging import merged
 from transformers import AutoModelForCausalLM
 
 from mergekit_act.artifacts import save_profile
-from mergekit_act.checking.planning import plan_merge
 from mergekit_act.cli import main
+from mergekit_act.planning import plan_merge
 from mergekit_act.profiling import open_pair, profile_without_data
 from mergekit_act.sweep import PatchedModel, Point, make_grid
 from mergekit_act.sweep.scores import Score, best_point, frontier
@@ -83,7 +83,7 @@ def test_the_scored_weights_are_those_that_mergekit_writes(swept, pair_of, tmp_p
         for place, entry in enumerate(written["models"]):
             entry["parameters"] |= {"weight": weight / (place + 1), "mask_density": density}
         weights = {m.model: weight / (p + 1) for p, m in enumerate(MergeConfiguration.model_validate(written).models)}
-        patched.plan(plan_merge(MergeConfiguration.model_validate(written), MergeOptions()))
+        patched.take(plan_merge(MergeConfiguration.model_validate(written), MergeOptions()))
         merged(written, tmp_path / "merged")
         expected = state(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=getattr(torch, dtype)))
         with patched.patched(weights) as inside:
@@ -103,7 +103,7 @@ def test_pickles_and_a_tied_ability_model_under_an_untied_target(swept, pair_of,
     ability = MergeConfiguration.model_validate(written).models[0].model
     model = AutoModelForCausalLM.from_pretrained(pair_of("qwen2")[0])
     patched = PatchedModel(model, torch.float32)
-    patched.plan(plan_merge(MergeConfiguration.model_validate(written), MergeOptions()))
+    patched.take(plan_merge(MergeConfiguration.model_validate(written), MergeOptions()))
     merged(written, tmp_path / "merged")
     with patched.patched({ability: 0.3}) as inside:
         assert same(state(inside), state(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")))
@@ -119,7 +119,7 @@ def test_a_hundred_points_leave_the_target_as_it_was(swept, pair_of):
     for place in range(100):
         if place % 20 == 0:
             written["models"][0]["parameters"]["mask_density"] = (place + 1) / 100
-            patched.plan(plan_merge(MergeConfiguration.model_validate(written), MergeOptions()))
+            patched.take(plan_merge(MergeConfiguration.model_validate(written), MergeOptions()))
         with patched.patched({ability: (place - 50.5) * 10}):
             pass
     assert same(state(model), before)
@@ -131,7 +131,7 @@ def test_an_error_at_a_point_leaves_the_target_as_it_was(swept, pair_of):
     model = AutoModelForCausalLM.from_pretrained(pair_of("qwen2")[0])
     before, ability = state(model), written.models[0].model
     patched = PatchedModel(model, torch.float32)
-    patched.plan(plan_merge(written, MergeOptions()))
+    patched.take(plan_merge(written, MergeOptions()))
     with pytest.raises(KeyboardInterrupt), patched.patched({ability: 0.5}):
         raise KeyboardInterrupt
     assert same(state(model), before)

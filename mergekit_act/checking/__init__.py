@@ -1,6 +1,5 @@
-"""The planner seam: what can be known before the first tensor is read is checked, all problems in one message."""
+"""Is a merge what its config says, what would it move, what does it cost? Pure functions over configs and plans."""
 
-from mergekit_act.checking.configs import MergeConfigError
-from mergekit_act.checking.seam import wrap_flat_planner, wrap_merge, wrap_multimerge, wrap_planner
+from mergekit_act.checking.guards import guard_flat_planner, guard_merge, guard_multimerge, guard_planner
 
-__all__ = ["MergeConfigError", "wrap_flat_planner", "wrap_merge", "wrap_multimerge", "wrap_planner"]
+__all__ = ["guard_flat_planner", "guard_merge", "guard_multimerge", "guard_planner"]

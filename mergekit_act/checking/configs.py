@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import click
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ValidationError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mergekit_act.checkpoints import Checkpoint, read_config, read_headers
-from mergekit_act.merging import find_mask_files, load_mask_files
-from mergekit_act.wording import enumerate_some, escape, shorten
+from mergekit_act.merging import find_mask_files
+from mergekit_act.wording import enumerate_some, shorten
 from mergekit_act.yaml_files import read_yaml
 
 __all__ = [
-    "MergeConfigError",
     "config_problems",
     "file_problems",
     "layer_problems",
@@ -29,24 +26,10 @@ __all__ = [
     "path_remarks",
     "plain",
     "read_merge_config",
-    "setting_problems",
     "value_problems",
 ]
 
-LOG = logging.getLogger(__name__)
-
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
-
-
-class MergeConfigError(click.ClickException, ValueError):
-    """A merge that would fail or do something else than it says; mergekit's commands print it and exit with 1."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = shown = sorted({escape(problem) for problem in problems})
-        if len(shown) == 1:
-            super().__init__(shorten(shown[0]))
-        else:
-            super().__init__(f"{len(shown)} problems:\n  - " + enumerate_some(shown, "\n  - "))
 
 
 def read_merge_config(path: str | Path) -> tuple[dict[str, Any], MergeConfiguration]:
@@ -238,17 +221,6 @@ def _missing_files(config: Any) -> list[str]:
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
     return problems
-
-
-def setting_problems(model: str, setting: Any, density: Any) -> list[str]:
-    """Why a model's ``mask`` and ``mask_density`` can't be loaded together, if so."""
-    if setting is None:
-        return []
-    try:
-        load_mask_files(setting, density)
-    except (ValueError, OSError) as error:
-        return [f"{model}: {error}"]
-    return []
 
 
 def _settings_of_the_target(config: Any, base: Any = None) -> list[str]:

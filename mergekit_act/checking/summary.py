@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -18,11 +18,11 @@ from mergekit.sparsify import SparsificationMethod
 from mergekit_act.channels import kind_pattern
 from mergekit_act.checking.configs import path_remarks, read_merge_config
 from mergekit_act.checking.costs import bytes_read, bytes_written, peak_memory, shape_of, union_of
-from mergekit_act.checking.headers import only_headers
-from mergekit_act.checking.planning import check_before_planning, plan_merge
-from mergekit_act.checking.plans import PlanCheck, PlannedTensor
+from mergekit_act.checking.guards import check_before_planning
+from mergekit_act.checking.remarks import plan_remarks
 from mergekit_act.merging import channels_along, is_ours
 from mergekit_act.merging.hub import look_again
+from mergekit_act.planning import Plan, PlannedTensor, only_headers, plan_merge
 from mergekit_act.yaml_files import SeveralDocumentsError
 
 __all__ = [
@@ -175,71 +175,71 @@ def parse_check_arguments(arguments: Sequence[str]) -> tuple[str, MergeOptions]:
     return found
 
 
-def _summarize(check: PlanCheck, remarks: list[str]) -> CheckSummary:
+def _summarize(plan: Plan, remarks: list[str]) -> CheckSummary:
     kinds: dict[str, list[PlannedTensor]] = {}
-    for tensor in check.tensors:
+    for tensor in plan.tensors:
         kinds.setdefault(kind_pattern(tensor.name), []).append(tensor)
-    counted = tuple(_count(kind, tensors, check) for kind, tensors in kinds.items())
-    modules = _count_modules(check)
+    counted = tuple(_count(kind, tensors, plan) for kind, tensors in kinds.items())
+    modules = _count_modules(plan)
     selected = sum(module.selected for module in modules)
     if not selected:
         remarks.append("nothing will be moved: no channel with a weight is selected")
     return CheckSummary(
-        merge_method=check.spec.name,
-        target=", ".join(map(str, check.bases)),
-        ability_models=tuple(map(str, check.models)),
+        merge_method=plan.spec.name,
+        target=str(plan.target),
+        ability_models=tuple(map(str, plan.models)),
         kinds=counted,
         modules=modules,
-        masks=tuple(UsedMask(str(model), setting, density) for model, setting, density in check.masks),
-        weights={str(model): _weights(check, model) for model in check.models},
+        masks=tuple(UsedMask(str(setting.model), setting.mask, setting.density) for setting in plan.masks),
+        weights={str(model): _weights(plan, model) for model in plan.models},
         channels=sum(module.channels for module in modules),
         selected=selected,
-        bytes_read=sum(bytes_read(tensor, check) for tensor in check.tensors),
-        bytes_written=sum(bytes_written(tensor, check) for tensor in check.tensors),
-        peak_memory=peak_memory(check),
-        remarks=(*remarks, *check.remarks(), *_untrimmed(check)),
+        bytes_read=sum(bytes_read(tensor, plan) for tensor in plan.tensors),
+        bytes_written=sum(bytes_written(tensor, plan) for tensor in plan.tensors),
+        peak_memory=peak_memory(plan),
+        remarks=(*remarks, *plan_remarks(plan), *_untrimmed(plan)),
     )
 
 
-def _count(kind: str, tensors: Sequence[PlannedTensor], check: PlanCheck) -> TensorKind:
-    owned = {name for layout in check.layouts for name in layout.owned_names}
-    owned |= {tied for layout in check.layouts for name in owned for tied in layout.tied_names(name)}
+def _count(kind: str, tensors: Sequence[PlannedTensor], plan: Plan) -> TensorKind:
+    owned = {name for layout in plan.layouts for name in layout.owned_names}
+    owned |= {tied for layout in plan.layouts for name in owned for tied in layout.tied_names(name)}
     return TensorKind(
         kind,
         tensors=len(tensors),
         transferred=sum(bool(tensor.selections) for tensor in tensors),
-        has_channels=any(tensor.sources & owned for tensor in tensors),
+        has_channels=any(tensor.names & owned for tensor in tensors),
         parameters=sum(math.prod(shape_of(tensor)) for tensor in tensors),
         moved=sum(_cells(tensor) for tensor in tensors),
     )
 
 
-def count_moved(check: PlanCheck) -> tuple[int, int]:
+def count_moved(plan: Plan) -> tuple[int, int]:
     """How many channels are selected, and how many numbers they own in the output."""
-    return sum(module.selected for module in _count_modules(check)), sum(_cells(tensor) for tensor in check.tensors)
+    return sum(module.selected for module in _count_modules(plan)), sum(_cells(tensor) for tensor in plan.tensors)
 
 
-def _weights(check: PlanCheck, model: ModelReference) -> tuple[float, ...]:
-    found = {tensor.settings[model].get("weight") for tensor in check.tensors if model in tensor.settings}
+def _weights(plan: Plan, model: ModelReference) -> tuple[float, ...]:
+    found = {tensor.settings[model].get("weight") for tensor in plan.tensors if model in tensor.settings}
     return tuple(sorted(float(weight) for weight in found if weight is not None))
 
 
-def _count_modules(check: PlanCheck) -> tuple[ModuleSelection, ...]:
+def _count_modules(plan: Plan) -> tuple[ModuleSelection, ...]:
     """Channels of the output's modules, and how many of them are selected."""
     tensor_of: dict[str, list[PlannedTensor]] = {}
-    for tensor in check.tensors:
-        for name in tensor.sources:
+    for tensor in plan.tensors:
+        for name in tensor.names:
             tensor_of.setdefault(name, []).append(tensor)
     found: list[tuple[int, ModuleSelection]] = []
-    order = {tensor.name: place for place, tensor in enumerate(check.tensors)}
+    order = {tensor.name: place for place, tensor in enumerate(plan.tensors)}
     names: set[str] = set()
-    owned = {module: (layout, names[0]) for layout in check.layouts for module, names in layout.parameters.items()}
+    owned = {module: (layout, names[0]) for layout in plan.layouts for module, names in layout.parameters.items()}
     for module, (layout, (name, axis)) in owned.items():
         for tensor in next((tensor_of[tied] for tied in (name, *layout.tied_names(name)) if tied in tensor_of), ()):
-            shape, chosen = shape_of(tensor), union_of(tensor).get(axis)
+            shape, chosen = shape_of(tensor), union_of(tensor.selections.values()).get(axis)
             channels = math.prod(channels_along(axis, shape, 2 if len(shape) == 3 else 1))
             # A tied matrix is one tensor and two modules; a slice's layer has another number than its source.
-            own = module if name not in tensor.sources else tensor.name.removesuffix(name.removeprefix(module))
+            own = module if name not in tensor.names else tensor.name.removesuffix(name.removeprefix(module))
             own = module if own in names else own
             names.add(own)
             selection = ModuleSelection(own, channels, 0 if chosen is None else int(chosen.sum()))
@@ -247,39 +247,35 @@ def _count_modules(check: PlanCheck) -> tuple[ModuleSelection, ...]:
     return tuple(selection for _, selection in sorted(found, key=lambda placed: placed[0]))
 
 
-def _untrimmed(check: PlanCheck) -> list[str]:
+def _untrimmed(plan: Plan) -> list[str]:
     """How a method's trimming, which counts over whole tensors, meets what is selected of them."""
-    trims = getattr(getattr(get(check.spec.name), "inner", None), "sparsification_method", None)
+    trims = getattr(getattr(get(plan.spec.name), "inner", None), "sparsification_method", None)
     found = []
-    for model in check.models:
-        tensors = [tensor for tensor in check.tensors if model in tensor.selections]
-        shares = [_selected_by(tensor, model) / math.prod(shape_of(tensor)) for tensor in tensors]
+    for model in plan.models:
+        tensors = [tensor for tensor in plan.tensors if model in tensor.selections]
+        shares = [_cells(tensor, model) / math.prod(shape_of(tensor)) for tensor in tensors]
         settings = [tensor.settings[model] for tensor in tensors]
         pairs = list(zip(shares, settings, strict=True))
         if trims == SparsificationMethod.magnitude:
             idle = sum(share <= own["density"] < 1 for share, own in pairs)
             if idle:
                 found.append(
-                    f"{check.spec.name} trims nothing of {model} in {idle} of {len(tensors)} tensors: its density "
+                    f"{plan.spec.name} trims nothing of {model} in {idle} of {len(tensors)} tensors: its density "
                     "counts over the whole tensor, and less than that is selected there"
                 )
         if trims == SparsificationMethod.magnitude_outliers:
             lost = sum(share <= own["gamma"] and own["density"] < 1 for share, own in pairs)
             if lost:
                 found.append(
-                    f"{check.spec.name} moves nothing of {model} in {lost} of {len(tensors)} tensors: its gamma takes "
+                    f"{plan.spec.name} moves nothing of {model} in {lost} of {len(tensors)} tensors: its gamma takes "
                     "the largest changes of the whole tensor for outliers, and no more than that is selected there"
                 )
     return found
 
 
-def _selected_by(tensor: PlannedTensor, model: ModelReference) -> int:
-    return _cells(replace(tensor, selections={model: tensor.selections[model]}))
-
-
-def _cells(tensor: PlannedTensor) -> int:
-    """Numbers of a tensor that lie in a selected slice."""
+def _cells(tensor: PlannedTensor, *models: ModelReference) -> int:
+    """Numbers of a tensor that lie in a slice that some ability models select, by default any."""
     outside = 1.0
-    for chosen in union_of(tensor).values():
+    for chosen in union_of(tensor.selections[model] for model in models or tensor.selections).values():
         outside *= 1 - int(chosen.sum()) / chosen.numel()
     return round(math.prod(shape_of(tensor)) * (1 - outside))

@@ -32,8 +32,8 @@ def check(arguments: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     from mergekit_act import autoload
 
     autoload.install()
-    from mergekit_act.checking.configs import MergeConfigError
     from mergekit_act.checking.summary import check_config, parse_check_arguments
+    from mergekit_act.planning import MergeConfigError
     from mergekit_act.report import list_check
 
     path, options = parse_check_arguments(arguments)
@@ -64,7 +64,7 @@ def merge(arguments: tuple[str, ...]) -> None:
     from mergekit_act import autoload
 
     autoload.install()
-    from mergekit_act.checking.command import run_mergekit_yaml
+    from mergekit_act.cli.mergekit_yaml import run_mergekit_yaml
 
     run_mergekit_yaml(arguments)
 

@@ -11,9 +11,9 @@ import torch
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from mergekit_act.checking.loads import gather
-from mergekit_act.checking.plans import PlanCheck, PlannedTensor
 from mergekit_act.merging.kernel import TensorSelection, changed_slices, leading, selected_slices
+from mergekit_act.planning import Plan, PlannedTensor
+from mergekit_act.planning.loads import gather
 
 __all__ = ["PatchedModel"]
 
@@ -55,18 +55,18 @@ class PatchedModel:
         self._saved: list[_Saved] = []
 
     @torch.no_grad()
-    def plan(self, check: PlanCheck) -> None:
+    def take(self, plan: Plan) -> None:
         """Take another plan: which slices of which tensors change.
 
         Args:
-            check: of a merge with ``act``, resolved.
+            plan: of a merge with ``act``.
 
         Raises:
             ValueError: a tensor of the plan is no parameter of the model, or of another shape.
         """
         self._saved = []
         done: set[int] = set()
-        for tensor in check.tensors:
+        for tensor in plan.tensors:
             if not tensor.selections:
                 continue
             parameter = self._parameter(tensor)
@@ -74,7 +74,7 @@ class PatchedModel:
                 continue
             done.add(id(parameter))
             changes = []
-            loaded = gather(check.resolved[tensor.name])
+            loaded = gather(tensor.task)
             for model, selection in tensor.selections.items():
                 theirs = loaded[model]
                 if theirs.shape != parameter.shape:
@@ -116,7 +116,7 @@ class PatchedModel:
             leading(saved.parameter, saved.axis, len(saved.index))[saved.index] = saved.slices
 
     def _parameter(self, tensor: PlannedTensor) -> Tensor:
-        for name in (tensor.name, *sorted(tensor.sources)):
+        for name in (tensor.name, *sorted(tensor.names)):
             if name in self._parameters:
                 return self._parameters[name]
         raise ValueError(f'"{tensor.name}" is no parameter of {type(self.model).__name__}; a sweep cannot change it')

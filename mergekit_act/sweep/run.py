@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers
-from mergekit_act.checking.planning import check_before_planning, plan_merge
+from mergekit_act.checking.guards import check_before_planning
 from mergekit_act.checking.summary import count_moved
 from mergekit_act.checkpoints import Checkpoint, open_checkpoint, parse_reference
 from mergekit_act.devices import usable_device
@@ -27,6 +27,7 @@ from mergekit_act.evaluation import HeldOut, NotFiniteError, collect_held_out, g
 from mergekit_act.files import check_free, check_writable, write_atomically
 from mergekit_act.logs import muted
 from mergekit_act.models import check_samples_fit, load_model
+from mergekit_act.planning import plan_merge
 from mergekit_act.report import check_drawing
 from mergekit_act.runs.folders import claimed
 from mergekit_act.runs.settings import keep_settings
@@ -218,9 +219,9 @@ class _Sweep:
             written = self.config.at(point)
             # What the planner remarks of a config holds for all densities: once is enough.
             with nullcontext() if self._density is None else muted("mergekit_act.checking"):
-                check = plan_merge(MergeConfiguration.model_validate(written), self.options)
-            self.patched.plan(check)
-            self._density, self._moved = point.density, count_moved(check)
+                plan = plan_merge(MergeConfiguration.model_validate(written), self.options)
+            self.patched.take(plan)
+            self._density, self._moved = point.density, count_moved(plan)
         with self.patched.patched(dict(zip(self._models, point.weights, strict=True))):
             yield self._moved
 

@@ -16,10 +16,10 @@ from functools import cached_property
 from typing import Any
 
 from mergekit.architecture import WeightInfo
-from mergekit.architecture.auto import infer_vocabulary_axes
 from mergekit.common import ModelReference
 
 from mergekit_act.checkpoints import Checkpoint
+from mergekit_act.planning.internals import infer_vocabulary_axes, planned
 
 __all__ = ["PlannedCall", "plan_left_out", "record_calls"]
 
@@ -84,13 +84,13 @@ def plan_left_out(
         checkpoint: the target's files.
 
     Returns:
-        Problems: tensors that have no place where slices change the number of layers.
+        Tensors that have no place, where slices change the number of layers.
     """
     plan = _Plan(calls, base, checkpoint)
-    planned = {weight.name for weight, _ in planner._tensors}
+    done = {weight.name for weight, _ in planned(planner)}
     for call in calls:
         source = call.sources.get(base)
-        if source is None or call.weight.name in planned:
+        if source is None or call.weight.name in done:
             continue
         if checkpoint.sources(source.name, *(source.aliases or ())):
             # Skipped, because its name is not in the files: there it has the names of an older layout.
@@ -108,20 +108,15 @@ def plan_left_out(
         for out_name, sources, call in places or ():
             weight = WeightInfo(name=out_name, optional=True, vocabulary_axis=plan.vocabulary_axis(name))
             _plan(planner, weight, sources, call)
-    if not lost:
-        return []
-    return [
-        f"{len(lost)} tensors of {base} lie behind its layers and have no place among the slices, such as "
-        f'"{lost[0]}"; merge without slices'
-    ]
+    return lost
 
 
 def _plan(planner: Any, weight: WeightInfo, sources: dict[ModelReference, WeightInfo], call: PlannedCall) -> None:
     # It is there: mergekit would look for an optional one under fewer names, and skip it.
     there = weight.model_copy(update={"optional": False})
     planner.plan_tensor(there, list(sources.values()), list(sources), call.reader)
-    _, task = planner._tensors.pop()
-    planner._tensors.append((weight, task.model_copy(update={"output_weight": weight})))
+    _, task = planned(planner).pop()
+    planned(planner).append((weight, task.model_copy(update={"output_weight": weight})))
 
 
 class _Plan:

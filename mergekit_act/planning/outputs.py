@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from mergekit_act.checkpoints import TensorHeader
-
-__all__ = ["drop_quantisation", "follow_layers", "name_dtype", "promoted_dtype", "token_count"]
+__all__ = ["drop_quantisation", "follow_layers", "name_dtype"]
 
 
 def follow_layers(planner: Any) -> None:
@@ -43,7 +38,7 @@ def name_dtype(planner: Any, dtypes: tuple[torch.dtype, torch.dtype] | None) -> 
 
     Args:
         planner: a ``MergePlanner`` that has planned; its output config is changed.
-        dtypes: what ``promoted_dtype`` has found.
+        dtypes: the target's and the output's, as ``Plan.dtypes`` has them.
     """
     config = planner.config
     if dtypes is not None and config.dtype is None and config.out_dtype is None and dtypes[0] != dtypes[1]:
@@ -57,39 +52,3 @@ def drop_quantisation(planner: Any) -> None:
     """
     if getattr(planner.out_model_config, "quantization_config", None) is not None:
         del planner.out_model_config.quantization_config
-
-
-def promoted_dtype(tensors: Iterable[Iterable[TensorHeader | None]]) -> tuple[torch.dtype, torch.dtype] | None:
-    """The dtype of most of the target's numbers, and the one that a merge promotes them to if its config names none.
-
-    Args:
-        tensors: for every output tensor the headers of all models' tensors, the target's first.
-
-    Returns:
-        Both dtypes; None if the target has no floating-point tensor.
-    """
-    found: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
-    for first, *others in tensors:
-        if first is None or first.torch_dtype is None:
-            continue
-        promoted = first.torch_dtype
-        for dtype in (other.torch_dtype for other in others if other is not None):
-            promoted = promoted if dtype is None else torch.promote_types(promoted, dtype)
-        found[first.torch_dtype, promoted] += first.size
-    return found.most_common(1)[0][0] if found else None
-
-
-def token_count(model: Any, *, trust_remote_code: bool) -> int:
-    """How many tokens a model's tokenizer has, added ones included: to so many rows mergekit cuts its vocabulary.
-
-    Raises:
-        ValueError: the model has no tokenizer that can be loaded.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.model.path, revision=model.model.revision, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # Transformers and tokenizers raise many kinds
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the tokenizer of {model} cannot be loaded: {reason}") from error
-    return len(tokenizer.get_vocab())

@@ -11,12 +11,11 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 from huggingface_hub.errors import NotASafetensorsRepoError as NoSafetensorsError
-from mergekit.architecture import auto
 from mergekit.common import ModelReference
-from mergekit.io import LazyTensorLoader, ShardedTensorIndex
-from mergekit.io.tasks import LoaderCache
+from mergekit.io import LazyTensorLoader
 
 from mergekit_act.checkpoints import Checkpoint, TensorHeader, merged_model
+from mergekit_act.planning.internals import LoaderCache, names_from_loaders, tensor_index
 
 __all__ = ["HeaderLoader", "only_headers"]
 
@@ -30,7 +29,7 @@ class HeaderLoader(LazyTensorLoader):  # type: ignore[misc]
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         paths = {name: header.file for name, header in checkpoint.headers.items()}
-        super().__init__(ShardedTensorIndex(str(checkpoint.folder), True, paths, []))
+        super().__init__(tensor_index(str(checkpoint.folder), paths))
         self.checkpoint = checkpoint
 
 
@@ -54,7 +53,6 @@ def only_headers(models: Iterable[ModelReference], options: Any) -> Iterator[lis
     """
     stood_in = []
     remarks: list[str] = []
-    names_of = auto.get_model_tensor_names  # for architectures that mergekit infers, it fetches the model
     try:
         for model in sorted(models, key=str):
             checkpoint, remark = _without_weights(model, options)
@@ -62,10 +60,9 @@ def only_headers(models: Iterable[ModelReference], options: Any) -> Iterator[lis
                 LoaderCache.loaders[model] = HeaderLoader(checkpoint)
                 stood_in.append(model)
                 remarks += [remark] if remark else []
-        auto.get_model_tensor_names = lambda model, _options: list(LoaderCache().get(model).index.tensor_paths)
-        yield remarks
+        with names_from_loaders():
+            yield remarks
     finally:
-        auto.get_model_tensor_names = names_of
         for model in stood_in:
             LoaderCache.loaders.pop(model, None)
 

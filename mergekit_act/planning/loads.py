@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
 from torch import Tensor
 
 from mergekit_act.checkpoints import TensorHeader, read_headers
 from mergekit_act.files import file_state
 from mergekit_act.merging.mapped import map_tensor
 from mergekit_act.merging.methods import METHOD
+from mergekit_act.planning.internals import GatherTensors, LoaderCache, LoadTensor, stored_name
+from mergekit_act.planning.models import CONVERTED
 
-__all__ = ["CONVERTED", "CopyOf", "gather", "load_less"]
-
-CONVERTED = "several tensors"  # in place of a file's name
+__all__ = ["CopyOf", "gather", "load_less"]
 
 
 def load_less(task: Any, selections: Collection[ModelReference], headers: Sequence[TensorHeader | None]) -> Any:
@@ -87,7 +86,7 @@ class _LoadMapped(LoadTensor):  # type: ignore[misc]
 
     def execute(self) -> Tensor | None:
         loader = LoaderCache().get(self.model)
-        name = self._resolve_name(loader)
+        name = stored_name(self, loader)
         if name is not None and loader.index.is_safetensors and self.device in (None, "cpu") and self.dtype is None:
             path = Path(loader.index.base_path) / loader.index.tensor_paths[name]
             tensor = map_tensor(path, _headers(path, file_state(path))[name])
