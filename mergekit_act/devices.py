@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["default_device", "default_dtype", "usable_device"]
+__all__ = ["default_device", "default_dtype", "dtype_name", "usable_device"]
 
 
 def default_device() -> str:
@@ -46,3 +46,12 @@ def default_dtype(device: str) -> torch.dtype:
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     return torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As files and options write it.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")

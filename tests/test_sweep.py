@@ -24,7 +24,7 @@ from mergekit_act.artifacts import save_profile
 from mergekit_act.cli import main
 from mergekit_act.planning import plan_merge
 from mergekit_act.profiling import open_pair, profile_without_data
-from mergekit_act.sweep import PatchedModel, Point, make_grid
+from mergekit_act.sweep import Grid, PatchedModel, Point
 from mergekit_act.sweep.scores import Score, best_point, frontier
 
 
@@ -322,16 +322,16 @@ def test_a_point_out_of_range_is_the_worst_not_the_end(swept, tmp_path):
 
 
 def test_grids():
-    paper = make_grid(1, grid="paper")
+    paper = Grid("paper").points(1)
     assert len(paper) == 252
     assert {point.density for point in paper} >= {0.01, 0.1, 0.15, 1.0}
-    assert len(make_grid(2)) == 16
-    assert make_grid(2, densities=[0.2], weights=[0.5]) == [Point(0.2, (0.5, 0.5))]
-    assert len(make_grid(3, densities=[0.2], weights=[0.5, 1.0], per_model=True)) == 8
+    assert len(Grid().points(2)) == 16
+    assert Grid(densities=[0.2], weights=[0.5]).points(2) == [Point(0.2, (0.5, 0.5))]
+    assert len(Grid(densities=[0.2], weights=[0.5, 1.0], per_model=True).points(3)) == 8
     with pytest.raises(ValueError, match="weight is 0"):
-        make_grid(1, weights=[0.0])
+        Grid(weights=[0.0]).points(1)
     with pytest.raises(ValueError, match="density is 2"):
-        make_grid(1, densities=[2.0])
+        Grid(densities=[2.0]).points(1)
 
 
 def score(keep, recover, point=None):

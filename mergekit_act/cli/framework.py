@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import logging
 import os
@@ -11,13 +12,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import click
 
 from mergekit_act.wording import escape, shorten
 
-__all__ = ["Group", "command", "common", "echo", "repeat_command"]
+__all__ = ["Group", "command", "common", "echo", "packed", "repeat_command"]
 
 
 class _Command(click.Command):
@@ -138,6 +140,27 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(quiet=quiet, **arguments)
 
     return command
+
+
+def packed(home: str, name: str, into: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Options that are fields of a dataclass reach the function as one object.
+
+    Args:
+        home: module of the dataclass, imported when the command runs.
+        name: of the dataclass.
+        into: the function's parameter.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def command(**arguments: Any) -> Any:
+            kind = getattr(importlib.import_module(home), name)
+            own = {field.name: arguments.pop(field.name) for field in fields(kind) if field.name in arguments}
+            return function(**arguments, **{into: kind(**own)})
+
+        return command
+
+    return decorate
 
 
 def command(**settings: Any) -> Callable[[Callable[..., Any]], click.Command]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from mergekit_act.cli import options
-from mergekit_act.cli.framework import command, common, echo
+from mergekit_act.cli.framework import command, common, echo, packed
+
+if TYPE_CHECKING:
+    from mergekit_act.evaluation import Evaluation, EvaluationSettings
+    from mergekit_act.sweep import Grid, SweepSettings
 
 
 @command()
@@ -32,6 +37,7 @@ from mergekit_act.cli.framework import command, common, echo
 @options.trust
 @options.overwrite
 @common
+@packed("mergekit_act.evaluation", "EvaluationSettings", "settings")
 def evaluate(
     models: tuple[str, ...],
     file: Path,
@@ -39,7 +45,8 @@ def evaluate(
     json_out: str | None,
     csv_out: str | None,
     predictions: Path | None,
-    **settings: Any,
+    overwrite: bool,
+    settings: EvaluationSettings,
 ) -> None:
     """Measure models on held-out samples.
 
@@ -50,17 +57,30 @@ def evaluate(
     Files are written after each model.
     """
     from mergekit_act.abilities import load_abilities
-    from mergekit_act.evaluation import Outputs, run_evaluation
+    from mergekit_act.evaluation import run_evaluation
+    from mergekit_act.files import check_free, check_writable
     from mergekit_act.report import list_evaluation
+    from mergekit_act.runs.folders import claimed
 
     if json_out == csv_out == "-":
         raise ValueError("--json and --csv cannot both be printed; name a file for one of them")
     json, csv = (None if path in (None, "-") else Path(path) for path in (json_out, csv_out))
-    outputs = Outputs(json, csv, predictions)
+    named = {"json": json, "csv": csv, "predictions": predictions}
+    outputs = {what: path for what, path in named.items() if path is not None}
+    if len({path.resolve() for path in outputs.values()}) < len(outputs):
+        shown = ", ".join(map(str, outputs.values()))
+        raise ValueError(f"{shown}: two outputs would go into one file; name different ones")
+    check_free(outputs.values(), overwrite=overwrite)
+    for path in outputs.values():
+        check_writable(path.parent)
     done = None
     try:
-        for evaluation in run_evaluation(models, load_abilities(file), names or None, outputs=outputs, **settings):
-            done = evaluation
+        with ExitStack() as claims:
+            for path in outputs.values():
+                claims.enter_context(claimed(path))
+            for evaluation in run_evaluation(models, load_abilities(file), names or None, settings):
+                _write(evaluation, outputs)
+                done = evaluation
     finally:  # what is measured is told, also if a later model fails
         if done is not None and json_out == "-":
             echo(done.json().rstrip())
@@ -68,8 +88,16 @@ def evaluate(
             echo(done.csv().rstrip())
         elif done is not None:
             echo(list_evaluation(done.results))
-            for path in outputs.paths():
+            for path in outputs.values():
                 echo(path)
+
+
+def _write(evaluation: Evaluation, outputs: dict[str, Path]) -> None:
+    """Write anew what is measured so far, so that nothing is lost if a later model fails."""
+    from mergekit_act.files import write_atomically
+
+    for what, path in outputs.items():
+        write_atomically(path, getattr(evaluation, what)().encode(), overwrite=True)
 
 
 @command()
@@ -78,6 +106,7 @@ def evaluate(
 @click.argument("out_dir", metavar="OUT_DIR", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
     "--grid",
+    "kind",
     type=click.Choice(["default", "paper"]),
     default="default",
     show_default=True,
@@ -102,15 +131,10 @@ def evaluate(
 @options.trust
 @options.overwrite
 @common
+@packed("mergekit_act.sweep", "Grid", "grid")
+@packed("mergekit_act.sweep", "SweepSettings", "settings")
 def sweep(
-    config_file: Path,
-    abilities_file: Path,
-    out_dir: Path,
-    grid: Any,
-    densities: tuple[float, ...],
-    weights: tuple[float, ...],
-    per_model: bool,
-    **options: Any,
+    config_file: Path, abilities_file: Path, out_dir: Path, overwrite: bool, grid: Grid, settings: SweepSettings
 ) -> None:
     """Find a good density and weight.
 
@@ -122,17 +146,18 @@ def sweep(
     scored. The same command goes on after an interruption.
     """
     from mergekit_act.abilities import load_abilities
-    from mergekit_act.report import can_draw, draw_sweep, list_sweep
-    from mergekit_act.sweep import make_grid, run_sweep
+    from mergekit_act.report import can_draw, check_drawing, draw_sweep, list_sweep
+    from mergekit_act.sweep import run_sweep
     from mergekit_act.sweep.config import read_swept_config
 
     config = read_swept_config(config_file)
-    points = make_grid(len(config.models), grid=grid, densities=densities, weights=weights, per_model=per_model)
-    result = run_sweep(config, load_abilities(abilities_file), out_dir, points, **options)
+    points = grid.points(len(config.models))
+    check_drawing()  # before hours of work
+    result = run_sweep(config, load_abilities(abilities_file), out_dir, points, settings, overwrite=overwrite)
     echo(list_sweep(result))
     echo(f"{len(result.frontier)} of {len(result.scores)} points, which no other surpasses; all are in sweep.csv")
     if result.best is None:
-        limit = f"{options['keep_within']:.0%} of what is to be kept"
+        limit = f"{settings.keep_within:.0%} of what is to be kept"
         echo(f"every point loses more than {limit} or recovers nothing: no best.yml")
     written = [out_dir / name for name in ("sweep.csv", "best.yml") if (out_dir / name).exists()]
     if can_draw():

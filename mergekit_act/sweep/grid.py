@@ -10,7 +10,7 @@ from typing import Literal
 
 from mergekit_act.selection import validate_density
 
-__all__ = ["Point", "make_grid"]
+__all__ = ["Grid", "Point"]
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1)
 WEIGHTS = (0.2, 0.4, 0.7, 1.0)
@@ -32,33 +32,35 @@ class Point:
     weights: tuple[float, ...]
 
 
-def make_grid(
-    models: int,
-    *,
-    grid: Literal["default", "paper"] = "default",
-    densities: Sequence[float] = (),
-    weights: Sequence[float] = (),
-    per_model: bool = False,
-) -> list[Point]:
-    """All points, density by density.
+@dataclass(frozen=True)
+class Grid:
+    """Which points are made.
 
-    Args:
-        models: how many ability models there are.
-        grid: ``default`` (4 × 4) or ``paper`` (28 × 9).
-        densities: in place of the grid's.
-        weights: in place of the grid's.
+    Attributes:
+        kind: ``default`` (4 × 4) or ``paper`` (28 × 9).
+        densities: in place of the kind's.
+        weights: likewise.
         per_model: every combination of weights, instead of one weight for all models.
-
-    Raises:
-        ValueError: a density is not in (0, 1], or a weight is 0 or not finite.
     """
-    densities = tuple(densities) or (PAPER_DENSITIES if grid == "paper" else DENSITIES)
-    weights = tuple(weights) or (PAPER_WEIGHTS if grid == "paper" else WEIGHTS)
-    for density in densities:
-        validate_density(density)
-    for weight in weights:
-        if not math.isfinite(weight) or weight == 0:
-            raise ValueError(f"weight is {weight}; expected a number other than 0, such as 0.4")
-    combined = itertools.product(weights, repeat=models) if per_model else ((weight,) * models for weight in weights)
-    shared = sorted(dict.fromkeys(combined))
-    return [Point(density, some) for density in sorted(set(densities)) for some in shared]
+
+    kind: Literal["default", "paper"] = "default"
+    densities: Sequence[float] = ()
+    weights: Sequence[float] = ()
+    per_model: bool = False
+
+    def points(self, models: int) -> list[Point]:
+        """All points for so many ability models, density by density.
+
+        Raises:
+            ValueError: a density is not in (0, 1], or a weight is 0 or not finite.
+        """
+        densities = tuple(self.densities) or (PAPER_DENSITIES if self.kind == "paper" else DENSITIES)
+        weights = tuple(self.weights) or (PAPER_WEIGHTS if self.kind == "paper" else WEIGHTS)
+        for density in densities:
+            validate_density(density)
+        for weight in weights:
+            if not math.isfinite(weight) or weight == 0:
+                raise ValueError(f"weight is {weight}; expected a number other than 0, such as 0.4")
+        alike = ((weight,) * models for weight in weights)
+        shared = sorted(dict.fromkeys(itertools.product(weights, repeat=models) if self.per_model else alike))
+        return [Point(density, some) for density in sorted(set(densities)) for some in shared]

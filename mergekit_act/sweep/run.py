@@ -22,13 +22,12 @@ from mergekit_act.abilities import AbilitiesFile, Tokenizers
 from mergekit_act.checking.guards import check_before_planning
 from mergekit_act.checking.summary import count_moved
 from mergekit_act.checkpoints import Checkpoint, open_checkpoint, parse_reference
-from mergekit_act.devices import usable_device
+from mergekit_act.devices import dtype_name, usable_device
 from mergekit_act.evaluation import HeldOut, NotFiniteError, collect_held_out, generate_answers, score_answers
 from mergekit_act.files import check_free, check_writable, write_atomically
 from mergekit_act.logs import muted
 from mergekit_act.models import check_samples_fit, load_model
 from mergekit_act.planning import plan_merge
-from mergekit_act.report import check_drawing
 from mergekit_act.runs.folders import claimed
 from mergekit_act.runs.settings import keep_settings
 from mergekit_act.sweep.config import SweptConfig
@@ -37,7 +36,7 @@ from mergekit_act.sweep.patching import PatchedModel
 from mergekit_act.sweep.scores import Roles, Score, ScoreFile, best_point, frontier
 from mergekit_act.versions import installed_versions
 
-__all__ = ["SweepResult", "run_sweep"]
+__all__ = ["SweepResult", "SweepSettings", "run_sweep"]
 
 LOG = logging.getLogger(__name__)
 
@@ -69,20 +68,37 @@ class SweepResult:
     parameters: int
 
 
+@dataclass(frozen=True)
+class SweepSettings:
+    """How points are scored and compared.
+
+    Attributes:
+        keep_within: share of the likelihood of a kept answer token that may be lost for the best point.
+        generate: whether points on the frontier are scored by generation too.
+        device: where the target runs; None takes the accelerator if there is one.
+        batch_tokens: tokens in a micro-batch.
+        lora_merge_cache: folder for merged models, for references of the form ``model+lora``.
+        trust_remote_code: allow the models' own code from the Hub.
+        quiet: show no progress.
+    """
+
+    keep_within: float = 0.05
+    generate: bool = True
+    device: str | None = None
+    batch_tokens: int = 4096
+    lora_merge_cache: str | None = None
+    trust_remote_code: bool = False
+    quiet: bool = False
+
+
 def run_sweep(
     config: SweptConfig,
     file: AbilitiesFile,
     out_dir: Path,
     grid: Sequence[Point],
+    settings: SweepSettings | None = None,
     *,
-    keep_within: float = 0.05,
-    generate: bool = True,
-    device: str | None = None,
-    batch_tokens: int = 4096,
-    lora_merge_cache: str | None = None,
-    trust_remote_code: bool = False,
     overwrite: bool = False,
-    quiet: bool = False,
 ) -> SweepResult:
     """Score the target and every point of a grid on held-out samples, by the likelihood of their answers.
 
@@ -94,14 +110,8 @@ def run_sweep(
         file: the abilities file, with the abilities to recover and to keep.
         out_dir: where everything is written.
         grid: the points.
-        keep_within: share of the likelihood of a kept answer token that may be lost for the best point.
-        generate: whether points on the frontier are scored by generation too.
-        device: where the target runs; None takes the accelerator if there is one.
-        batch_tokens: tokens in a micro-batch.
-        lora_merge_cache: folder for merged models, for references of the form ``model+lora``.
-        trust_remote_code: allow the models' own code from the Hub.
+        settings: how.
         overwrite: discard what another sweep has left in the folder.
-        quiet: show no progress.
 
     Raises:
         FileNotFoundError: a model, profile or data set does not exist.
@@ -110,41 +120,43 @@ def run_sweep(
         BlockingIOError: another sweep is at work in the folder.
         ValueError: no ability is to be recovered, the folder is of another sweep, or the target's likelihoods are NaN.
     """
+    settings = settings or SweepSettings()
+    trust, cache = settings.trust_remote_code, settings.lora_merge_cache
     roles = _roles(file)
     check_writable(out_dir)
-    check_drawing()
-    if quiet:
+    if settings.quiet:
         disable_progress_bar()
-    options = MergeOptions(lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code, quiet=True)
+    options = MergeOptions(lora_merge_cache=cache, trust_remote_code=trust, quiet=True)
     check_before_planning(MergeConfiguration.model_validate(config.at(grid[0])), options)
-    held_out = collect_held_out(file, Tokenizers(file.target, file.ability_model, trust_remote_code))
+    held_out = collect_held_out(file, Tokenizers(file.target, file.ability_model, trust))
     target, *abilities = (
-        open_checkpoint(model, lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code)
+        open_checkpoint(model, lora_merge_cache=cache, trust_remote_code=trust)
         for model in (config.target, *config.models)
     )
     for one in held_out:
-        one.check(generate=generate)
+        one.check(generate=settings.generate)
         check_samples_fit(target, one.data, one.tokenizer.backend_tokenizer)
     dtype = config.dtype or _common_dtype([target, *abilities])
-    device = usable_device(device)
+    device = usable_device(settings.device)
     with claimed(out_dir / FILES[0]):
-        _claim(out_dir, _recipe(config, held_out, target, abilities, str(dtype), device, batch_tokens), overwrite)
-        model = load_model(target, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        sweep = _Sweep(config, held_out, PatchedModel(model, dtype), options, batch_tokens)
+        run = {"dtype": dtype_name(dtype), "device": torch.device(device).type, "batch_tokens": settings.batch_tokens}
+        _claim(out_dir, _identity([target, *abilities], config, held_out) | run, overwrite)
+        model = load_model(target, device=device, dtype=dtype, trust_remote_code=trust)
+        sweep = _Sweep(config, held_out, PatchedModel(model, dtype), options, settings)
         scores = ScoreFile(out_dir / "sweep.csv", roles)
         kept = _read_matches(out_dir / "frontier.json")
         own = sweep.score_target(scores)
-        if generate:  # of the target first: a model that can't generate is told before hours of scoring
+        if settings.generate:  # of the target first: a model that can't generate is told before hours of scoring
             sweep.generate_all(out_dir / "frontier.json", kept, [own], quiet=True)
-        sweep.score_all(scores, grid, quiet)
+        sweep.score_all(scores, grid)
         found = [score for score in scores.scores if score.point is not None]  # of smaller grids before too
-        best, front = best_point(found, own, keep_within), frontier(found)
+        best, front = best_point(found, own, settings.keep_within), frontier(found)
         if best is not None and best.point is not None:
             text = yaml.safe_dump(config.at(best.point), sort_keys=False, allow_unicode=True)
             write_atomically(out_dir / "best.yml", text.encode(), overwrite=True)
         else:
             (out_dir / "best.yml").unlink(missing_ok=True)
-        matches = sweep.generate_all(out_dir / "frontier.json", kept, [own, *front], quiet) if generate else {}
+        matches = sweep.generate_all(out_dir / "frontier.json", kept, [own, *front]) if settings.generate else {}
         return SweepResult(
             own, found, front, matches, best, roles, config.layout.channel_count(), config.layout.parameter_count()
         )
@@ -159,10 +171,10 @@ class _Sweep:
         held_out: Sequence[HeldOut],
         patched: PatchedModel,
         options: MergeOptions,
-        batch_tokens: int,
+        settings: SweepSettings,
     ) -> None:
         self.config, self.held_out, self.patched = config, held_out, patched
-        self.options, self.batch_tokens = options, batch_tokens
+        self.options, self.settings = options, settings
         self._density: float | None = None
         self._moved = (0, 0)
         self._models = [parse_reference(model) for model in config.models]
@@ -179,10 +191,10 @@ class _Sweep:
             raise ValueError(f"{self.config.target}: {error}") from error
         return scores.add(None, nll, channels=0, parameters=0, seconds=time.monotonic() - started)
 
-    def score_all(self, scores: ScoreFile, grid: Sequence[Point], quiet: bool) -> None:
+    def score_all(self, scores: ScoreFile, grid: Sequence[Point]) -> None:
         """Score what is not scored yet."""
         todo = [point for point in grid if scores.find(point) is None]
-        with tqdm(total=len(todo), unit="point", desc="sweep", disable=quiet or None) as bar:
+        with tqdm(total=len(todo), unit="point", desc="sweep", disable=self.settings.quiet or None) as bar:
             for point in todo:
                 started = time.monotonic()
                 with self._at(point) as (channels, parameters):
@@ -196,11 +208,11 @@ class _Sweep:
                 bar.set_postfix(recover=f"{score.recover:.3f}", keep=f"{score.keep or 0:.3f}")
 
     def generate_all(
-        self, path: Path, kept: dict[str, dict[str, float]], scores: Sequence[Score], quiet: bool
+        self, path: Path, kept: dict[str, dict[str, float]], scores: Sequence[Score], *, quiet: bool = False
     ) -> dict[Point | None, dict[str, float]]:
         """Exact match of greedy answers for points; what is kept of them is in a file."""
         found = {}
-        for score in tqdm(scores, unit="point", desc="generation", disable=quiet or None):
+        for score in tqdm(scores, unit="point", desc="generation", disable=quiet or self.settings.quiet or None):
             key = "target" if score.point is None else f"{score.point.density!r} {score.point.weights!r}"
             if key not in kept:
                 if score.point is None:
@@ -228,28 +240,21 @@ class _Sweep:
     def _nll(self) -> dict[str, float]:
         found = {}
         for one in self.held_out:
-            loss, tokens = score_answers(self.patched.model, one.samples, batch_tokens=self.batch_tokens)
+            loss, tokens = score_answers(self.patched.model, one.samples, batch_tokens=self.settings.batch_tokens)
             found[one.ability] = float(loss.sum() / tokens.sum())
         return found
 
     def _matches(self) -> dict[str, float]:
         found = {}
         for one in self.held_out:
-            answers = generate_answers(self.patched.model, one, batch_tokens=self.batch_tokens)
+            answers = generate_answers(self.patched.model, one, batch_tokens=self.settings.batch_tokens)
             found[one.ability] = sum(answer.is_right for answer in answers) / len(answers)
         return found
 
 
-def _recipe(
-    config: SweptConfig,
-    held_out: Sequence[HeldOut],
-    target: Checkpoint,
-    abilities: Sequence[Checkpoint],
-    dtype: str,
-    device: str,
-    batch_tokens: int,
-) -> dict[str, Any]:
-    """All that scores depend on, but for the grid."""
+def _identity(checkpoints: Sequence[Checkpoint], config: SweptConfig, held_out: Sequence[HeldOut]) -> dict[str, Any]:
+    """What is scored: all that scores depend on, but for the grid and how the target runs."""
+    target, *abilities = checkpoints
     return {
         "config": config.without_point(),
         "target": target.fingerprint,
@@ -264,9 +269,6 @@ def _recipe(
             }
             for one in held_out
         },
-        "dtype": dtype.removeprefix("torch."),
-        "device": torch.device(device).type,
-        "batch_tokens": batch_tokens,
         "versions": installed_versions("mergekit", "torch", "transformers"),
     }
 
@@ -291,8 +293,8 @@ def _roles(file: AbilitiesFile) -> Roles:
     return roles
 
 
-def _claim(out_dir: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
-    """See that a folder has nothing of these names, or a sweep of this recipe."""
+def _claim(out_dir: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """See that a folder has nothing of these names, or a sweep with these settings."""
     paths = [out_dir / name for name in FILES]
     check_free(paths, overwrite=True)  # none is a folder
     if overwrite:
@@ -300,7 +302,7 @@ def _claim(out_dir: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
             path.unlink(missing_ok=True)
     if not paths[0].exists():
         check_free(paths, overwrite=False)
-    keep_settings(paths[0], recipe)
+    keep_settings(paths[0], settings)
 
 
 def _common_dtype(checkpoints: Sequence[Checkpoint]) -> torch.dtype:
