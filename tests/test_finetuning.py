@@ -298,10 +298,7 @@ def test_a_picture_that_cannot_be_drawn_is_told_before_the_training(given, tmp_p
 
 
 def saving_of(given):
-    file = load_abilities(given[1])
-    samples = collect_samples(file, "sums", Tokenizers(file.target, file.ability_model))
-    tokenizer = AutoTokenizer.from_pretrained(given[0])
-    return Saving(open_checkpoint(str(given[0])), [samples], Recipe(), "finetune.json", "out", tokenizer)
+    return Saving(open_checkpoint(str(given[0])), AutoTokenizer.from_pretrained(given[0]))
 
 
 def test_weights_that_cannot_be_saved_are_told_before_the_training(given, tmp_path):
@@ -352,7 +349,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on(given, tmp_path):
     run = started(given, out, *arguments, before=kill)
     run.communicate()
     assert run.returncode == -signal.SIGKILL
-    assert (out / "README.md").exists()
+    assert (out / "chat_template.jinja").exists()
     (out / "loss.csv").unlink()
     for folder in (out, whole):
         done = finetune(given, folder, *arguments)

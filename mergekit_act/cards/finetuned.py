@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergekit_act import __version__
-from mergekit_act.abilities import AbilitySamples
 from mergekit_act.cards.markdown import (
     PAPER,
     TITLE,
@@ -23,11 +21,8 @@ from mergekit_act.cards.markdown import (
     read_readme,
     table,
 )
-from mergekit_act.checkpoints import Checkpoint
 from mergekit_act.files import write_atomically
-
-if TYPE_CHECKING:
-    from mergekit_act.finetuning.recipe import Recipe
+from mergekit_act.finetuning import FineTuned
 
 __all__ = ["write_finetuned_card"]
 
@@ -35,20 +30,14 @@ __all__ = ["write_finetuned_card"]
 LOG = logging.getLogger(__name__)
 
 
-def write_finetuned_card(
-    path: Path, name: str, checkpoint: Checkpoint, abilities: Sequence[AbilitySamples], recipe: Recipe, settings: str
-) -> None:
-    """Write a model card.
+def write_finetuned_card(model: FineTuned) -> Path:
+    """Write the model card, README.md.
 
-    Args:
-        path: of the card.
-        name: of the trained model.
-        checkpoint: the model that was trained.
-        abilities: the samples it was trained on.
-        recipe: how.
-        settings: name of the file that has all settings.
+    Raises:
+        ValueError: the Hub does not take the metadata.
     """
-    described = checkpoint.describe()
+    path = model.out / "README.md"
+    recipe, abilities, described = model.recipe, model.abilities, model.checkpoint.describe()
     metadata: dict[str, Any] = {"library_name": "transformers"}
     add_values(metadata, "base_model", on_hub(described))
     data = (str(ability.data["dataset"]) for ability in abilities if is_hub_dataset(ability.data))
@@ -64,17 +53,18 @@ def write_finetuned_card(
         for shown, package in (("TRL", "trl"), ("Transformers", "transformers"), ("PyTorch", "torch"))
     )
     text = (
-        f"# {name}\n\n"
+        f"# {model.out.resolve().name}\n\n"
         f"{link_model(described)}, fine-tuned on the answers of a few samples per ability, the last stage of ACT\n"
         f"([{TITLE}]({PAPER})).\n\n"
         f"{counts}\n\n"
         f"Full-parameter supervised fine-tuning on answer tokens: Adam, learning rate {recipe.learning_rate:g} "
         f"({recipe.scheduler}), {recipe.epochs:g} epochs, an update per {recipe.batch_size} samples, gradients clipped "
         f"at 1, computed in {recipe.dtype}, weights kept in {recipe.master_dtype}, seed {recipe.random_seed}. All "
-        f"settings are in `{settings}`, the loss in `loss.csv`.\n\nMade with {made_with}.\n"
+        f"settings are in `finetune.json`, the loss in `loss.csv`.\n\nMade with {made_with}.\n"
     )
-    card = Readme("", "").changed(metadata, text + _transferred(checkpoint.folder / "README.md"), path)
+    card = Readme("", "").changed(metadata, text + _transferred(model.checkpoint.folder / "README.md"), path)
     write_atomically(path, card.encode(), overwrite=True)
+    return path
 
 
 def _transferred(card: Path) -> str:

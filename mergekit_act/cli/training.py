@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from mergekit_act.cli import options
-from mergekit_act.cli.framework import command, common, echo
+from mergekit_act.cli.framework import command, common, echo, packed
+
+if TYPE_CHECKING:
+    from mergekit_act.finetuning import FineTuned, Recipe, TrainingSettings
 
 
 @command()
@@ -61,19 +64,16 @@ from mergekit_act.cli.framework import command, common, echo
 @options.trust
 @options.overwrite
 @common
+@packed("mergekit_act.finetuning", "Recipe", "recipe")
+@packed("mergekit_act.finetuning", "TrainingSettings", "settings")
 def finetune(
     model: str,
     abilities_file: Path,
     out: Path,
     names: tuple[str, ...],
-    save_steps: int,
-    dtype: str | None,
-    device: str | None,
-    lora_merge_cache: str | None,
-    trust_remote_code: bool,
     overwrite: bool,
-    quiet: bool,
-    **recipe: Any,
+    recipe: Recipe,
+    settings: TrainingSettings,
 ) -> None:
     """Fine-tune a model lightly.
 
@@ -84,26 +84,33 @@ def finetune(
       accelerate launch --config_file fsdp.yaml -m mergekit_act finetune MODEL ABILITIES.yml OUT
     """
     from mergekit_act.abilities import load_abilities
-    from mergekit_act.devices import default_dtype
-    from mergekit_act.finetuning import Recipe, choose_device, finetune
+    from mergekit_act.finetuning import finetune
+    from mergekit_act.report import check_drawing
+    from mergekit_act.runs.processes import rank_and_count
 
-    device = choose_device(device)
-    chosen = Recipe(dtype=dtype or str(default_dtype(device)).removeprefix("torch."), **recipe)
-    written = finetune(
-        model,
-        load_abilities(abilities_file),
-        out,
-        chosen,
-        names=names,
-        save_steps=save_steps,
-        device=device,
-        lora_merge_cache=lora_merge_cache,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-        quiet=quiet,
-    )
-    for path in written:
+    check_drawing()  # before hours of work
+    done = finetune(model, load_abilities(abilities_file), out, recipe, settings, names=names, overwrite=overwrite)
+    if rank_and_count()[0] > 0:
+        return
+    made = _describe(done)
+    if not made and not done.is_new:
+        raise FileExistsError(f"{out} is finished already. Choose another folder or say --overwrite.")
+    for path in (out, out / "loss.csv", *made[1:]) if done.is_new else made:  # the card is part of the model
         echo(path)
+
+
+def _describe(model: FineTuned) -> list[Path]:
+    """Write a model's card and the picture of its losses; of a model that was there before what it lacks."""
+    from mergekit_act.cards.finetuned import write_finetuned_card
+    from mergekit_act.report import can_draw, draw_losses
+
+    made = []
+    if model.is_new or not (model.out / "README.md").exists():
+        made.append(write_finetuned_card(model))
+    pictures, losses = [model.out / "loss.svg", model.out / "loss.png"], model.losses()
+    if losses and can_draw() and (model.is_new or not all(picture.exists() for picture in pictures)):
+        made += draw_losses(losses, model.out / "loss")
+    return made
 
 
 @command()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mergekit_act.devices import default_device
+from mergekit_act.devices import default_device, default_dtype, dtype_name
 
 __all__ = ["Recipe", "choose_device"]
 
@@ -19,7 +19,8 @@ class Recipe:
         batch_size: samples of one update, over all processes.
         scheduler: how the learning rate goes on, as Transformers names it. The paper names none.
         micro_batch: samples that one process computes at once; the result does not depend on it.
-        dtype: in which forward and backward passes compute.
+        dtype: in which forward and backward passes compute; None takes bfloat16 where the device multiplies it
+            natively, else float32.
         master_dtype: in which the weights and Adam's means are kept.
         gradient_checkpointing: compute activations twice instead of keeping them.
         random_seed: of the order of the samples.
@@ -30,10 +31,14 @@ class Recipe:
     batch_size: int = 16
     scheduler: str = "linear"
     micro_batch: int = 1
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     master_dtype: str = "float32"
     gradient_checkpointing: bool = True
     random_seed: int = 0
+
+    def resolved(self, device: str) -> Recipe:
+        """With the dtype that None stands for on a device."""
+        return replace(self, dtype=self.dtype or dtype_name(default_dtype(device)))
 
     def accumulate(self, processes: int) -> int:
         """Micro-batches of each process in one update.

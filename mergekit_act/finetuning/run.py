@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,18 +23,17 @@ from transformers.utils.logging import disable_progress_bar
 from mergekit_act.abilities import AbilitiesFile, AbilitySamples, Tokenizers, collect_samples
 from mergekit_act.checkpoints import Checkpoint, open_checkpoint
 from mergekit_act.files import check_writable, remove_leftovers, write_atomically
-from mergekit_act.finetuning.recipe import Recipe
+from mergekit_act.finetuning.recipe import Recipe, choose_device
 from mergekit_act.finetuning.saving import Saving, bytes_needed, check_room
 from mergekit_act.finetuning.trainer import DivergedError, all_finite, build_settings, build_trainer, writing
 from mergekit_act.models import broken_weight, check_samples_fit, load_model
-from mergekit_act.report import can_draw, draw_losses
 from mergekit_act.runs.folders import claimed, lock_of
 from mergekit_act.runs.processes import rank_and_count
 from mergekit_act.runs.settings import keep_settings
 from mergekit_act.versions import installed_versions
 from mergekit_act.wording import as_csv
 
-__all__ = ["finetune"]
+__all__ = ["FineTuned", "TrainingSettings", "finetune"]
 
 _RECIPE = "finetune.json"
 _CHECKPOINTS = "checkpoints"  # there as long as the model is not finished
@@ -42,20 +41,60 @@ _FINISHED = ".finished"  # what becomes of them
 _SAVING = ".saving"
 
 
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Where a training runs and how often it is kept: what the trained weights do not depend on.
+
+    Attributes:
+        save_steps: updates between two checkpoints; 0 keeps none.
+        device: ``cpu``, to leave an accelerator alone; None takes the accelerator if there is one.
+        lora_merge_cache: folder for merged models, for references of the form ``model+lora``.
+        trust_remote_code: allow the model's own code from the Hub.
+        quiet: show no progress.
+    """
+
+    save_steps: int = 200
+    device: str | None = None
+    lora_merge_cache: str | None = None
+    trust_remote_code: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned model.
+
+    Attributes:
+        out: its folder, with ``finetune.json``, all settings, and ``loss.csv``.
+        checkpoint: the model that was trained.
+        abilities: the samples it was trained on.
+        recipe: how.
+        is_new: whether it was trained now; else it was finished before.
+    """
+
+    out: Path
+    checkpoint: Checkpoint
+    abilities: Sequence[AbilitySamples]
+    recipe: Recipe
+    is_new: bool
+
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, loss) of every update."""
+        table = self.out / "loss.csv"
+        lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(lines)]
+
+
 def finetune(
     model: str,
     file: AbilitiesFile,
     out: Path,
-    recipe: Recipe,
+    recipe: Recipe | None = None,
+    settings: TrainingSettings | None = None,
     *,
-    device: str,
     names: Sequence[str] = (),
-    save_steps: int = 200,
-    lora_merge_cache: str | None = None,
-    trust_remote_code: bool = False,
     overwrite: bool = False,
-    quiet: bool = False,
-) -> list[Path]:
+) -> FineTuned:
     """Full-parameter fine-tuning on the samples of an abilities file, on their answer tokens only.
 
     The same call goes on from the last checkpoint that is complete. Processes that ``accelerate launch`` or
@@ -64,54 +103,52 @@ def finetune(
     Args:
         model: reference of the model to train.
         file: the abilities file; all of its abilities take part, those to keep too.
-        out: folder for the model, its card, ``loss.csv`` and its picture.
+        out: folder for the model and ``loss.csv``.
         recipe: how.
-        device: as ``choose_device`` returns it.
+        settings: where.
         names: which abilities; none for all.
-        save_steps: updates between two checkpoints; 0 keeps none.
-        lora_merge_cache: folder for merged models, for references of the form ``model+lora``.
-        trust_remote_code: allow the model's own code from the Hub.
         overwrite: discard what another run has left in ``out``.
-        quiet: show no progress.
-
-    Returns:
-        What was written; of a finished model what it lacked; empty in all processes but the first.
 
     Raises:
         FileNotFoundError: the model or a data set does not exist.
-        FileExistsError: ``out`` is finished, or holds something else.
+        FileExistsError: ``out`` holds something else; or it is finished, and other processes wait for something to do.
         BlockingIOError: another run is at work in it.
         ValueError: TRL is not installed, the batch can't be divided, ``out`` is of another recipe, the memory does not
             suffice, or the loss became NaN or infinite; the last good checkpoint stays.
         OSError: something could not be written; the last complete checkpoint stays.
     """
+    settings = settings or TrainingSettings()
+    device = choose_device(settings.device)
+    recipe = (recipe or Recipe()).resolved(device)
     if find_spec("trl") is None:
         raise ValueError('fine-tuning needs TRL: pip install "mergekit-act[finetune]"')
     rank, world = rank_and_count()
     recipe.accumulate(world)  # can the batch be divided?
     check_writable(out)
-    if quiet:
+    if settings.quiet:
         disable_progress_bar()
     file.check_names(names)
-    checkpoint = open_checkpoint(model, lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(
+        model, lora_merge_cache=settings.lora_merge_cache, trust_remote_code=settings.trust_remote_code
+    )
     if out.resolve() == checkpoint.folder.resolve():
         raise ValueError(f"{out} is the model itself; choose another folder for the trained one")
-    tokenizers = Tokenizers(file.target, file.ability_model, trust_remote_code)
+    tokenizers = Tokenizers(file.target, file.ability_model, settings.trust_remote_code)
     abilities = [collect_samples(file, name, tokenizers) for name in dict.fromkeys(names or file.abilities)]
     for ability in abilities:
         check_samples_fit(checkpoint, ability, tokenizers.target.backend_tokenizer)
-    run = _Run(checkpoint, abilities, out, recipe, tokenizers)
+    training = _Training(checkpoint, abilities, out, recipe, tokenizers)
     with claimed(out / _RECIPE) if rank == 0 else nullcontext():
-        if rank == 0 and not _claim(out, _settings(checkpoint, abilities, recipe), overwrite):
-            made = run.complete()
-            if world > 1:  # the other processes would wait for this one
-                raise FileExistsError(f"{out} is finished already; what it lacked is made: {', '.join(map(str, made))}")
-            return made
-        return run.train(save_steps, device=device, trust_remote_code=trust_remote_code, quiet=quiet)
+        is_new = rank > 0 or _claim(out, _identity(checkpoint, abilities, recipe), overwrite)
+        if is_new:
+            training.run(replace(settings, device=device))
+        elif world > 1:  # the other processes would wait for this one
+            raise FileExistsError(f"{out} is finished already; if its card or picture is missing, start one process")
+        return FineTuned(out, checkpoint, abilities, recipe, is_new)
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Training:
     """One fine-tuning, in one process: what it is made of, and what is kept of it."""
 
     checkpoint: Checkpoint
@@ -135,30 +172,29 @@ class _Run:
     @cached_property
     def saving(self) -> Saving:
         """What the trained model is saved with."""
-        name = self.out.resolve().name
-        return Saving(self.checkpoint, self.abilities, self.recipe, _RECIPE, name, self.tokenizer)
+        return Saving(self.checkpoint, self.tokenizer)
 
-    def train(self, save_steps: int, *, device: str, trust_remote_code: bool, quiet: bool) -> list[Path]:
-        """Train the model and write it; what was written, in the first process."""
+    def run(self, settings: TrainingSettings) -> None:
+        """Train the model and write it."""
         rank, world = rank_and_count()
-        settings = build_settings(
+        built = build_settings(
             self.recipe,
             self.checkpoints,
             accumulate=self.recipe.accumulate(world),
-            save_steps=save_steps,
-            device=device,
-            quiet=quiet,
+            save_steps=settings.save_steps,
+            device=settings.device or "",
+            quiet=settings.quiet,
         )
         dtype = getattr(torch, self.recipe.master_dtype)
-        loaded = load_model(self.checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
+        loaded = load_model(self.checkpoint, dtype=dtype, trust_remote_code=settings.trust_remote_code)
         broken = broken_weight(loaded)
         if broken is not None:
             raise ValueError(
                 f'{self.checkpoint.reference} has broken weights: "{broken}" has values that are NaN or infinite'
             )
         if rank == 0:
-            self.try_saving(loaded, save_steps)
-        trainer = build_trainer(loaded, self.padding_tokenizer(), settings, self.abilities, self.kept)
+            self.try_saving(loaded, settings.save_steps)
+        trainer = build_trainer(loaded, self.padding_tokenizer(), built, self.abilities, self.kept)
         try:
             trainer.train(resume_from_checkpoint=self.last_checkpoint())
             self.save(trainer)
@@ -169,10 +205,9 @@ class _Run:
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ValueError(
-                f"out of memory on {device}: {' '.join(str(error).split())[:200]}; {self.kept()}. Try --micro-batch 1, "
-                "--master-dtype bfloat16, or FSDP on several GPUs"
+                f"out of memory on {settings.device}: {' '.join(str(error).split())[:200]}; {self.kept()}. Try "
+                "--micro-batch 1, --master-dtype bfloat16, or FSDP on several GPUs"
             ) from error
-        return [] if rank else [self.out, *self.losses()]
 
     def try_saving(self, model: Any, save_steps: int) -> None:
         """See that what is written at the end can be written, and has room on the disk.
@@ -220,7 +255,7 @@ class _Run:
         return "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
 
     def save(self, trainer: Any) -> None:
-        """Write the model, in the dtype that it came in, its tokenizer and its card; then remove the checkpoints."""
+        """Write the model, in the dtype that it came in, and its tokenizer; then remove the checkpoints."""
         if not all_finite(trainer.model):
             raise DivergedError(f"the trained weights are NaN or infinite; {self.kept()}. Lower the --learning-rate")
         if trainer.is_fsdp_enabled:  # each process's part alone would be no model
@@ -235,8 +270,8 @@ class _Run:
                 return
             self.saving.complete(saving)
             self.write_losses(trainer.state.log_history)
-            for path in self.out.glob("*.safetensors*"):  # of an earlier model, maybe in more files
-                path.unlink()
+            for path in (*self.out.glob("*.safetensors*"), self.out / "README.md"):  # of an earlier model
+                path.unlink(missing_ok=True)
             for path in sorted(saving.iterdir()):
                 os.replace(path, self.out / path.name)
             saving.rmdir()
@@ -244,29 +279,8 @@ class _Run:
             os.replace(self.checkpoints, self.out / _FINISHED)
         shutil.rmtree(self.out / _FINISHED, ignore_errors=True)
 
-    def complete(self) -> list[Path]:
-        """Make what a finished run lacks beside the model.
-
-        Returns:
-            What was made.
-
-        Raises:
-            FileExistsError: nothing is missing.
-        """
-        made = []
-        if not (self.out / "README.md").exists():
-            self.saving.write_card(self.out / "README.md")
-            made.append(self.out / "README.md")
-        table, pictures = self.out / "loss.csv", [self.out / "loss.svg", self.out / "loss.png"]
-        if table.exists() and can_draw() and not all(picture.exists() for picture in pictures):
-            rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
-            made += draw_losses([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], self._picture)
-        if not made:
-            raise FileExistsError(f"{self.out} is finished already. Choose another folder or say --overwrite.")
-        return made
-
     def write_losses(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """The loss of every update so far, as csv and picture.
+        """Write down the loss of every update so far.
 
         Raises:
             OSError: it could not be written.
@@ -277,17 +291,6 @@ class _Run:
         cells = [[row["step"], row["loss"], row["learning_rate"], row.get("grad_norm")] for row in rows]
         content = as_csv([["step", "loss", "learning_rate", "grad_norm"], *cells])
         write_atomically(self.out / "loss.csv", content.encode(), overwrite=True)
-        if can_draw():
-            draw_losses([row["step"] for row in rows], [row["loss"] for row in rows], self._picture)
-
-    def losses(self) -> list[Path]:
-        """What was written of the losses."""
-        names = ("loss.csv", "loss.svg", "loss.png") if can_draw() else ("loss.csv",)
-        return [path for name in names if (path := self.out / name).exists()]
-
-    @property
-    def _picture(self) -> Path:
-        return self.out / "loss"
 
 
 def _claim(out: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
@@ -317,7 +320,7 @@ def _claim(out: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
     return checkpoints.exists()
 
 
-def _settings(checkpoint: Checkpoint, abilities: Sequence[AbilitySamples], recipe: Recipe) -> dict[str, Any]:
+def _identity(checkpoint: Checkpoint, abilities: Sequence[AbilitySamples], recipe: Recipe) -> dict[str, Any]:
     """All that the trained weights depend on."""
     return {
         "model": checkpoint.describe(),

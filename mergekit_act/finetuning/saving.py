@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,8 @@ from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from mergekit_act.abilities import AbilitySamples
-from mergekit_act.cards.finetuned import write_finetuned_card
 from mergekit_act.checkpoints import Checkpoint
 from mergekit_act.finetuning.recipe import Recipe
-from mergekit_act.report import check_drawing
 
 __all__ = ["Saving", "bytes_needed", "check_room"]
 
@@ -39,19 +36,11 @@ class Saving:
 
     Attributes:
         checkpoint: the model that is trained.
-        abilities: the samples it is trained on.
-        recipe: how.
-        settings: name of the file that has all settings.
-        name: of the trained model.
         tokenizer: what is saved with it.
         generation: the model's generation config, if Transformers would not save it.
     """
 
     checkpoint: Checkpoint
-    abilities: Sequence[AbilitySamples]
-    recipe: Recipe
-    settings: str
-    name: str
     tokenizer: Any
     generation: GenerationConfig | None = None
 
@@ -68,7 +57,6 @@ class Saving:
             ValueError: something can't be made, and what.
             OSError: something can't be written.
         """
-        check_drawing()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self._set_generation_aside(model)
@@ -77,7 +65,6 @@ class Saving:
             "generation config": lambda: model.generation_config.save_pretrained(folder),
             "weights": lambda: _names_as_saved(model),
             "tokenizer": lambda: self.tokenizer.save_pretrained(folder),
-            "card": lambda: self.write_card(folder / "README.md"),
         }
         try:
             for what, save in parts.items():
@@ -86,7 +73,7 @@ class Saving:
             shutil.rmtree(folder, ignore_errors=True)
 
     def complete(self, folder: Path) -> None:
-        """Give what the trainer has saved its dtypes, tokenizer and card."""
+        """Give what the trainer has saved its dtypes and tokenizer."""
         dtypes = {name: header.torch_dtype for name, header in self.checkpoint.headers.items() if header.torch_dtype}
         usual = max(dtypes.values(), key=list(dtypes.values()).count)
         for path in folder.glob("*.safetensors"):
@@ -97,11 +84,6 @@ class Saving:
         self._put_generation_back(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)
         self.tokenizer.save_pretrained(folder)
-        self.write_card(folder / "README.md")
-
-    def write_card(self, path: Path) -> None:
-        """Write the model card."""
-        write_finetuned_card(path, self.name, self.checkpoint, self.abilities, self.recipe, self.settings)
 
     def _set_generation_aside(self, model: Any) -> None:
         """Let a model have a generation config that Transformers saves: it refuses a few of those that it reads."""

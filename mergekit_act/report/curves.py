@@ -27,7 +27,7 @@ def check_drawing() -> None:
         return
     try:
         for kind in ("svg", "png"):
-            _figure_of_losses([1, 2], [1.0, 0.5]).savefig(io.BytesIO(), format=kind)
+            _figure_of_losses([(1, 1.0), (2, 0.5)]).savefig(io.BytesIO(), format=kind)
     except Exception as error:  # of a broken installation, its settings or its cache
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
@@ -64,14 +64,14 @@ def draw_sweep(result: SweepResult, out_dir: Path) -> list[Path]:
     return save_figure(figure, out_dir / "sweep")
 
 
-def draw_losses(steps: Sequence[int], losses: Sequence[float], out: Path) -> list[Path]:
+def draw_losses(losses: Sequence[tuple[int, float]], out: Path) -> list[Path]:
     """The training loss over optimizer steps; as svg and png."""
-    return save_figure(_figure_of_losses(steps, losses), out)
+    return save_figure(_figure_of_losses(losses), out)
 
 
-def _figure_of_losses(steps: Sequence[int], losses: Sequence[float]) -> Any:
+def _figure_of_losses(losses: Sequence[tuple[int, float]]) -> Any:
     figure, axes = new_canvas(4.2, below=0.62, width=7)
-    axes.plot(steps, losses, color=COLOURS[0], linewidth=1.5)
+    axes.plot(*zip(*losses, strict=True), color=COLOURS[0], linewidth=1.5)
     axes.set_xlabel("step")
     axes.set_ylabel("loss per answer token")
     axes.set_ylim(bottom=0)
