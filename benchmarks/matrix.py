@@ -25,7 +25,7 @@ from conftest import make_model, tiny_config
 from oracle import plain_experts, plain_profile
 from test_profiling import ARCHITECTURES, as_ability, random_samples
 
-from mergekit_act.profiling import open_pair, profile_pair
+from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair
 from mergekit_act.profiling.memory import parse_bytes
 from mergekit_act.report import table
 from mergekit_act.runs.processes import join_processes
@@ -36,7 +36,7 @@ PADDING = (0, 6)
 
 def least_budget(pair, abilities, **settings) -> int:
     try:
-        profile_pair(pair, abilities, memory_budget=1, **settings)
+        profile_pair(pair, abilities, ProfilingSettings(memory_budget=1, **settings))
     except ValueError as refusal:
         number, unit = re.search(r"need about ([\d.]+ [MG]B)", str(refusal))[1].split()
         return int(parse_bytes(number + unit) * 1.006)
@@ -64,10 +64,12 @@ def main() -> None:
                 scores |= plain_experts(*folders, samples)
             worst, count, same = 0.0, 0, True
             for batch_tokens in BATCH_TOKENS:
-                settings = {"device": "cpu", "dtype": torch.float32, "batch_tokens": batch_tokens, "quiet": True}
+                settings = {"device": "cpu", "dtype": "float32", "batch_tokens": batch_tokens, "quiet": True}
                 ability = [as_ability(samples)]
                 resident, streamed = (
-                    profile_pair(pair, ability, memory_budget=budget, processes=processes, **settings)[0].scores
+                    profile_pair(
+                        pair, ability, ProfilingSettings(memory_budget=budget, **settings), processes=processes
+                    )[0].scores
                     for budget in (10**12, least_budget(pair, ability, **settings))
                 )
                 same &= all(torch.equal(resident[module], streamed[module]) for module in resident)

@@ -72,7 +72,7 @@ def main() -> None:
     import click
     from random_pair import CONFIGS, pair_in
 
-    from mergekit_act.profiling import default_dtype
+    from mergekit_act.devices import default_dtype
     from mergekit_act.profiling.memory import parse_bytes
     from mergekit_act.report import table
 

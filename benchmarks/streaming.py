@@ -32,20 +32,21 @@ def child(settings: dict) -> None:
     print(json.dumps({"before": before}), flush=True)
     from random_pair import random_ability
 
-    from mergekit_act.profiling import open_pair, profile_pair
+    from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair
 
     pair = open_pair(*settings["folders"])
     ability = random_ability(settings["samples"], settings["tokens"], pair.vocabulary)
     started = time.perf_counter()
-    dtype = None if settings["dtype"] is None else getattr(torch, settings["dtype"])
     (profile,) = profile_pair(
         pair,
         [ability],
-        device=settings["device"],
-        dtype=dtype,
-        batch_tokens=settings["batch_tokens"],
-        memory_budget=settings["budget"],
-        quiet=True,
+        ProfilingSettings(
+            device=settings["device"],
+            dtype=settings["dtype"],
+            batch_tokens=settings["batch_tokens"],
+            memory_budget=settings["budget"],
+            quiet=True,
+        ),
     )
     seconds = time.perf_counter() - started
     device = torch.cuda.max_memory_allocated() if settings["device"].startswith("cuda") else 0

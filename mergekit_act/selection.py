@@ -7,17 +7,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_act.artifacts import Mask, Profile
+from mergekit_act.artifacts import Mask, Profile, load_profile, save_mask
 from mergekit_act.channels import Layout, kind_pattern
+from mergekit_act.files import check_free, file_hash
+from mergekit_act.wording import shown_density
 
 __all__ = [
     "Retention",
+    "describe_selection",
     "excluded_modules",
     "make_mask",
     "overlap",
@@ -27,6 +31,7 @@ __all__ = [
     "selected_parameters",
     "unite",
     "validate_density",
+    "write_mask",
 ]
 
 Selection = Mapping[str, Tensor]
@@ -51,6 +56,16 @@ class Retention:
     ranking: Literal["difference", "ratio", "score"] = "difference"
     strength: float = 0.5
     density: float | None = None
+
+    @classmethod
+    def of_files(cls, paths: Sequence[Path], **settings: Any) -> Retention:
+        """Of profiles' files; settings are the class's own.
+
+        Raises:
+            FileNotFoundError: a profile is not there.
+            ArtifactError: one is not valid.
+        """
+        return cls([load_profile(path) for path in paths], [file_hash(path) for path in paths], **settings)
 
 
 def validate_density(density: float) -> Fraction:
@@ -296,6 +311,39 @@ def make_mask(
     return Mask(channels=union, layout=layout, sources=sources, operation="union", counts=counts)
 
 
+def write_mask(
+    profiles: Sequence[Path],
+    out: Path,
+    density: float,
+    *,
+    exclude: Sequence[str] = (),
+    retain: Retention | None = None,
+    overwrite: bool = False,
+) -> Mask:
+    """Make a mask of profiles' files and write it.
+
+    Args:
+        profiles: their paths.
+        out: the mask's.
+        density: as for ``make_mask``, likewise the others.
+        exclude: likewise.
+        retain: likewise.
+        overwrite: replace a file that exists.
+
+    Raises:
+        FileExistsError: there is a file already; told before anything is read.
+        FileNotFoundError: a profile is not there.
+        ArtifactError: a profile is not valid.
+        ValueError: as ``make_mask``.
+    """
+    check_free([out], overwrite=overwrite)
+    loaded = [load_profile(path) for path in profiles]
+    hashes = [file_hash(path) for path in profiles]
+    made = make_mask(loaded, density, exclude=exclude, hashes=hashes, retain=retain)
+    save_mask(made, out, overwrite=overwrite)
+    return made
+
+
 def _described(retain: Retention) -> dict[str, Any]:
     """What a mask records of the abilities that it spares."""
     abilities = [
@@ -304,3 +352,23 @@ def _described(retain: Retention) -> dict[str, Any]:
     ]
     settings = {"ranking": retain.ranking, "strength": retain.strength, "density": retain.density}
     return settings | {"abilities": abilities}
+
+
+def describe_selection(source: Mapping[str, Any]) -> str:
+    """How channels of a profile were selected, of what a mask records.
+
+    >>> describe_selection({"density": 0.05, "exclude": ["lm_head"]})
+    'top 5 % without lm_head'
+    """
+    density = source.get("density")
+    shown = f"top {shown_density(density)}" if isinstance(density, int | float) else "scores"
+    if source.get("exclude"):
+        shown += f" without {', '.join(source['exclude'])}"
+    retain = source.get("retain")
+    if retain:
+        spared = ", ".join(str(one.get("ability")) for one in retain.get("abilities") or ())
+        shown += f", sparing {spared} (not in the paper: ranked by {retain.get('ranking')}"
+        has_strength = retain.get("ranking") == "difference" and retain.get("strength") is not None
+        shown += f", strength {retain['strength']:g})" if has_strength else ")"
+        shown += f" and without the top {shown_density(retain['density'])} of these" if retain.get("density") else ""
+    return shown

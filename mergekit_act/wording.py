@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["LONGEST", "as_csv", "enumerate_some", "escape", "shorten", "show_bytes"]
+__all__ = ["LONGEST", "as_csv", "enumerate_some", "escape", "percent", "shorten", "show_bytes", "shown_density"]
 
 LONGEST = 2000  # characters of a message
 
@@ -79,4 +79,25 @@ def show_bytes(size: float) -> str:
     >>> show_bytes(1_530_000_000), show_bytes(12_000_000)
     ('1.53 GB', '12 MB')
     """
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+    unit, name = next((unit for unit in ((1e12, "TB"), (1e9, "GB")) if size >= unit[0]), (1e6, "MB"))
+    return f"{size / unit:.3g} {name}"
+
+
+def percent(part: float, whole: float) -> str:
+    """A share, with two digits behind the point; one that is not 0 does not look like it.
+
+    >>> percent(1, 3), percent(1, 100_000)
+    ('33.33 %', '<0.01 %')
+    """
+    if not whole:
+        return "none"
+    return "<0.01 %" if 0 < part / whole < 0.00005 else f"{100 * part / whole:.2f} %"
+
+
+def shown_density(density: float) -> str:
+    """A density in percent.
+
+    >>> shown_density(0.005)
+    '0.5 %'
+    """
+    return f"{100 * density:g} %"

@@ -550,7 +550,7 @@ def test_the_picture_shows_what_was_moved(merged, monkeypatch):
         "mergekit_act.report.composition.draw_heat_map",
         lambda rows, columns, values, **_: drawn.update(zip(rows, values, strict=True)),
     )
-    monkeypatch.setattr("mergekit_act.cards.merged.save_figure", lambda *_: [])
+    monkeypatch.setattr("mergekit_act.report.composition.files_of", lambda *_: {})
     config = yaml.safe_load((merged / "mergekit_config.yml").read_text())
     config["models"] = config["models"][:1]
     config["models"][0]["parameters"] = {
@@ -582,7 +582,7 @@ def test_files_of_the_machine_and_younger_masks_are_told(merged, work):
 def test_without_matplotlib_the_picture_that_is_there_stays(merged, monkeypatch):
     run("card", merged)
     before = (merged / "README.md").read_bytes()
-    monkeypatch.setattr("mergekit_act.cards.merged.can_draw", lambda: False)
+    monkeypatch.setattr("mergekit_act.report.canvas.find_spec", lambda _: None)
     assert 'note: for a picture: pip install "mergekit-act[plots]"' in run("card", merged)
     assert (merged / "README.md").read_bytes() == before
     (merged / "composition.png").unlink()

@@ -124,7 +124,7 @@ def test_what_a_machine_lacks_is_a_sentence(tmp_path, monkeypatch, error, told):
     def lacks(*_):
         raise error
 
-    monkeypatch.setattr("mergekit_act.artifacts.load_profile", lacks)
+    monkeypatch.setattr("mergekit_act.selection.load_profile", lacks)
     refused = invoke("mask", tmp_path / "p.safetensors", "-o", tmp_path / "m.safetensors", "--density", 0.5)
     assert (refused.exit_code, refused.output.count("\n"), told in refused.output) == (1, 1, True)
 

@@ -17,7 +17,7 @@ from test_merging import act_config, assert_merged, merged, random_mask, refusal
 from test_profiling import as_ability, assert_close, random_samples
 
 from mergekit_act.checkpoints import open_checkpoint
-from mergekit_act.profiling import open_pair, profile_pair
+from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair
 
 HEADS = {"head_dim": 8}
 VISION = {
@@ -63,7 +63,7 @@ def test_multimodal_checkpoints_are_profiled_by_text_and_merged(tmp_path, name):
     assert next(iter(state_of(target))).startswith("language_model.model.")
     pair = open_pair(str(target), str(ability), exclude=TOWER)
     samples = random_samples()
-    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32)
+    (profile,) = profile_pair(pair, [as_ability(samples)], ProfilingSettings(device="cpu", dtype="float32"))
     kind = transformers.AutoModelForImageTextToText
     states = []
     for folder in (target, ability):
@@ -101,7 +101,7 @@ def test_norms_of_heads_that_are_one_dimension_with_the_positions(tmp_path):
     assert norm in pair.layout.modules
     assert "model.layers.0.linear_attn.A_log" in pair.layout.without_channels()
     samples = random_samples()
-    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32)
+    (profile,) = profile_pair(pair, [as_ability(samples)], ProfilingSettings(device="cpu", dtype="float32"))
     assert_close(profile.scores, plain_profile(target, ability, samples, pair.layout.modules))
 
 

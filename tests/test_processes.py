@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from mergekit_act.abilities import load_abilities
 from mergekit_act.artifacts import load_profile
-from mergekit_act.profiling import write_profiles
+from mergekit_act.profiling import ProfilingSettings, write_profiles
 
 DIES = """
 import os, sys
@@ -40,7 +40,7 @@ def test_processes_share_the_samples_and_one_may_have_none(two_abilities, tmp_pa
     names = ["one.safetensors", "two.safetensors"]
     assert done.stdout.splitlines() == [f"{tmp_path}/many/{name}" for name in names]
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["README.md", *names]
-    write_profiles(load_abilities(two_abilities), tmp_path / "alone", dtype="float32", quiet=True)
+    write_profiles(load_abilities(two_abilities), tmp_path / "alone", ProfilingSettings(dtype="float32", quiet=True))
     for name in names:
         many, alone = (load_profile(tmp_path / folder / name) for folder in ("many", "alone"))
         for module, scores in alone.scores.items():
@@ -66,7 +66,11 @@ def test_a_process_that_dies_ends_the_run_without_a_profile(two_abilities, tmp_p
         "one.safetensors",
         "two.safetensors",
     ]
-    write_profiles(load_abilities(two_abilities), tmp_path / "alone", dtype="float32", batch_tokens=60, quiet=True)
+    write_profiles(
+        load_abilities(two_abilities),
+        tmp_path / "alone",
+        ProfilingSettings(dtype="float32", batch_tokens=60, quiet=True),
+    )
     for name in ("one", "two"):
         many, alone = (load_profile(tmp_path / folder / f"{name}.safetensors") for folder in ("out", "alone"))
         for module, scores in alone.scores.items():

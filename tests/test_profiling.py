@@ -20,7 +20,7 @@ from mergekit_act.abilities.batches import cut_batches
 from mergekit_act.artifacts import load_profile
 from mergekit_act.channels import layout_of_model
 from mergekit_act.cli import main
-from mergekit_act.profiling import open_pair, profile_pair, profile_without_data
+from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair, profile_without_data
 from mergekit_act.profiling.loading import ModelWeights
 from mergekit_act.profiling.segments import SegmentedModel
 
@@ -63,7 +63,9 @@ def test_profiles_equal_whole_forwards_with_hooks(pair_of, name):
     pair = open_pair(str(target), str(ability))
     samples = random_samples()
     batch_tokens = {"qwen2": 1, "llama": 64, "gpt2": 70}.get(name, 4096)
-    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32, batch_tokens=batch_tokens)
+    (profile,) = profile_pair(
+        pair, [as_ability(samples)], ProfilingSettings(device="cpu", dtype="float32", batch_tokens=batch_tokens)
+    )
     assert_close(profile.scores, plain_profile(target, ability, samples, pair.layout.modules))
     assert profile.samples == 5
     assert profile.answer_tokens == 8 + 4 + 30 + 1 + 4
@@ -76,7 +78,9 @@ def test_every_expert_and_router_is_scored(pair_of, name):
     target, ability = pair_of(name)
     pair = open_pair(str(target), str(ability))
     samples = random_samples()
-    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32, batch_tokens=64)
+    (profile,) = profile_pair(
+        pair, [as_ability(samples)], ProfilingSettings(device="cpu", dtype="float32", batch_tokens=64)
+    )
     plain = [m for m in pair.layout.modules if "experts" not in m and not m.endswith((".gate", ".router"))]
     expected = plain_profile(target, ability, samples, plain) | plain_experts(target, ability, samples)
     assert_close(profile.scores, {module: expected[module] for module in pair.layout.modules})
@@ -106,7 +110,7 @@ def test_experts_that_do_not_show_their_outputs_are_refused(tmp_path):
     folders = [make_model(config, tmp_path / name, seed=i) for i, name in enumerate("ta")]
     pair = open_pair(*map(str, folders))
     with pytest.raises(ValueError, match=r'the experts of "model\.layers\.0\.feed_forward\.experts" do not show their'):
-        profile_pair(pair, [as_ability(random_samples())], device="cpu", dtype=torch.float32)
+        profile_pair(pair, [as_ability(random_samples())], ProfilingSettings(device="cpu", dtype="float32"))
 
 
 def test_experts_in_modules_of_their_own_are_refused(tmp_path):
@@ -117,7 +121,7 @@ def test_experts_in_modules_of_their_own_are_refused(tmp_path):
     pair = open_pair(*map(str, folders))
     assert pair.layout.channel_shape("model.layers.0.mlp.input_linear")[0] == 4
     with pytest.raises(ValueError, match="do not show their outputs; it cannot be profiled"):
-        profile_pair(pair, [as_ability(random_samples())], device="cpu", dtype=torch.float32)
+        profile_pair(pair, [as_ability(random_samples())], ProfilingSettings(device="cpu", dtype="float32"))
 
 
 def test_saved_buffers_are_loaded(tmp_path):
@@ -138,7 +142,7 @@ def test_saved_buffers_are_loaded(tmp_path):
     ModelWeights(SegmentedModel(skeleton), pair.target, torch.float32, "cpu").load()
     assert skeleton.get_buffer(name).tolist() == [3.0, 0.0, 1.0, 0.0]
     samples = random_samples()
-    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32)
+    (profile,) = profile_pair(pair, [as_ability(samples)], ProfilingSettings(device="cpu", dtype="float32"))
     expected = plain_experts(*folders, samples)
     assert_close({module: profile.scores[module] for module in expected}, expected)
 
@@ -157,22 +161,25 @@ def test_left_padding_gives_the_same_scores(pair_of):
     target, ability = pair_of("gemma3")
     pair = open_pair(str(target), str(ability))
     samples = random_samples(1)
-    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32)
+    (profile,) = profile_pair(pair, [as_ability(samples)], ProfilingSettings(device="cpu", dtype="float32"))
     assert_close(profile.scores, plain_profile(target, ability, samples, pair.layout.modules, pad_left=6))
 
 
 def test_batch_size_changes_nothing_but_rounding(pair_of):
     pair = open_pair(*map(str, pair_of("qwen3")))
     ability = as_ability(random_samples())
-    one, many = (profile_pair(pair, [ability], device="cpu", dtype=torch.float32, batch_tokens=n)[0] for n in (1, 4096))
+    one, many = (
+        profile_pair(pair, [ability], ProfilingSettings(device="cpu", dtype="float32", batch_tokens=n))[0]
+        for n in (1, 4096)
+    )
     assert_close(many.scores, {module: scores.double() for module, scores in one.scores.items()})
 
 
 def test_abilities_of_one_run_do_not_mix(pair_of):
     pair = open_pair(*map(str, pair_of("llama")))
     first, second = as_ability(random_samples(0), "first"), as_ability(random_samples(1), "second")
-    together = profile_pair(pair, [first, second], device="cpu", dtype=torch.float32)
-    alone = profile_pair(pair, [second], device="cpu", dtype=torch.float32)
+    together = profile_pair(pair, [first, second], ProfilingSettings(device="cpu", dtype="float32"))
+    alone = profile_pair(pair, [second], ProfilingSettings(device="cpu", dtype="float32"))
     assert [profile.ability for profile in together] == ["first", "second"]
     for module, scores in alone[0].scores.items():
         assert torch.equal(together[1].scores[module], scores)
@@ -203,7 +210,7 @@ def test_each_model_runs_under_its_own_rope(pair_of, tmp_path):
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     pair = open_pair(str(target), str(tmp_path / "other"))
     samples = random_samples()
-    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32)
+    (profile,) = profile_pair(pair, [as_ability(samples)], ProfilingSettings(device="cpu", dtype="float32"))
     assert_close(profile.scores, plain_profile(target, tmp_path / "other", samples, pair.layout.modules))
     assert float(profile.scores["model.layers.0.self_attn.q_proj"].max()) == 0  # before attention they are one model
     assert float(profile.scores["model.layers.0.self_attn.o_proj"].min()) > 0
@@ -214,13 +221,13 @@ def test_vocabularies_of_different_length_are_compared_on_common_ids(pair_of, tm
     short = make_model(tiny_config("qwen2", vocab_size=120), tmp_path / "short", seed=5)
     pair = open_pair(str(target), str(short))
     samples = [([i % 100 + 3 for i in ids], answer) for ids, answer in random_samples()]
-    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32)
+    (profile,) = profile_pair(pair, [as_ability(samples)], ProfilingSettings(device="cpu", dtype="float32"))
     assert profile.shared_rows == {"lm_head": 120}
     assert profile.scores["lm_head"].shape == (128,)
     assert profile.scores["lm_head"][120:].tolist() == [0.0] * 8
     assert float(profile.scores["lm_head"][:120].min()) > 0
     with pytest.raises(ValueError, match=r'ability "x": sample 0 has token id 125; both models have the ids 0 to 119'):
-        profile_pair(pair, [as_ability([([3, 125], [False, True])])], device="cpu")
+        profile_pair(pair, [as_ability([([3, 125], [False, True])])], ProfilingSettings(device="cpu"))
 
 
 def test_weight_criterion_is_the_norm_of_what_a_channel_owns(pair_of):
@@ -320,7 +327,7 @@ def test_untied_target_with_tied_ability_model(pair_of):
     target, ability = pair_of("qwen2")[0], pair_of("qwen2-tied")[1]
     pair = open_pair(str(target), str(ability))
     samples = random_samples()
-    (profile,) = profile_pair(pair, [as_ability(samples)], device="cpu", dtype=torch.float32)
+    (profile,) = profile_pair(pair, [as_ability(samples)], ProfilingSettings(device="cpu", dtype="float32"))
     assert_close(profile.scores, plain_profile(target, ability, samples, pair.layout.modules))
     weights = profile_without_data(pair, "weight").scores["lm_head"]
     states = [transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (target, ability)]
@@ -341,7 +348,9 @@ def test_checkpoints_of_any_kind_give_the_same_profile(pair_of, tmp_path):
             state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
         torch.save(state, tmp_path / name / "pytorch_model.bin", _use_new_zipfile_serialization=name != "gpt2")
         whole, old = (
-            profile_pair(open_pair(str(target), str(folder)), samples, device="cpu", dtype=torch.float32)[0].scores
+            profile_pair(
+                open_pair(str(target), str(folder)), samples, ProfilingSettings(device="cpu", dtype="float32")
+            )[0].scores
             for folder in (ability, tmp_path / name)
         )
         assert all(torch.equal(whole[module], old[module]) for module in whole)
@@ -353,7 +362,7 @@ def test_sharded_half_precision_and_lora_references(pair_of, tmp_path):
 
     def scores(reference: str) -> dict[str, torch.Tensor]:
         pair = open_pair(str(target), reference, lora_merge_cache=str(tmp_path / "merged"))
-        return dict(profile_pair(pair, samples, device="cpu", dtype=torch.float32)[0].scores)
+        return dict(profile_pair(pair, samples, ProfilingSettings(device="cpu", dtype="float32"))[0].scores)
 
     whole = scores(str(ability))
     model = transformers.AutoModelForCausalLM.from_pretrained(ability, dtype=torch.float32)
@@ -389,7 +398,7 @@ def test_samples_longer_than_the_position_table(pair_of):
     with pytest.raises(
         ValueError, match=r"sample 0 has 129 tokens; the models have 128 positions\. Set max_length to 128"
     ):
-        profile_pair(pair, [ability], device="cpu")
+        profile_pair(pair, [ability], ProfilingSettings(device="cpu"))
 
 
 def test_activations_that_are_not_finite_write_nothing(pair_of, sums_file, abilities_yml, tmp_path):

@@ -300,7 +300,7 @@ def test_a_full_disk_leaves_figures_as_they_were_and_is_told(tmp_path, monkeypat
     (tmp_path / "loss.svg").write_text("earlier")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"loss\.svg could not be written: No space left on device"):
-        draw_losses([1, 2], [3.0, 2.0], tmp_path / "loss")
+        draw_losses([(1, 3.0), (2, 2.0)], tmp_path / "loss")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
 
 

@@ -17,7 +17,7 @@ from test_profiling import as_ability, random_samples
 
 from mergekit_act.abilities import load_abilities
 from mergekit_act.cli import main
-from mergekit_act.profiling import open_pair, profile_pair, write_profiles
+from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair, write_profiles
 
 SETTINGS = ["--dtype", "float32", "--batch-tokens", "30", "--save-every", "0"]
 
@@ -42,7 +42,9 @@ def end_run(path: Path, out: Path, how: signal.Signals, *options: str) -> tuple[
 
 def test_killed_and_interrupted_runs_give_the_same_bytes(two_abilities, tmp_path):
     whole, ended = tmp_path / "whole", tmp_path / "ended"
-    write_profiles(load_abilities(two_abilities), whole, dtype="float32", batch_tokens=30, quiet=True)
+    write_profiles(
+        load_abilities(two_abilities), whole, ProfilingSettings(dtype="float32", batch_tokens=30, quiet=True)
+    )
     code, _, first = end_run(two_abilities, ended, signal.SIGKILL)
     assert code == -signal.SIGKILL
     code, _, second = end_run(two_abilities, ended, signal.SIGKILL, "--memory-budget", "1.6MB")  # streamed
@@ -172,8 +174,8 @@ def test_an_interruption_between_chunks_counts_none_twice(pair_of, tmp_path, mon
 
     pair = open_pair(*map(str, pair_of("qwen2")))
     abilities = [as_ability(random_samples(), "one")]
-    settings = {"device": "cpu", "dtype": torch.float32, "batch_tokens": 31, "quiet": True}
-    (expected,) = profile_pair(pair, abilities, **settings)
+    settings = {"device": "cpu", "dtype": "float32", "batch_tokens": 31, "quiet": True}
+    (expected,) = profile_pair(pair, abilities, ProfilingSettings(**settings))
     state = tmp_path / "run.state"
     close, remember, seen = HiddenStates.close, DifferenceSums.remember, []
 
@@ -201,24 +203,24 @@ def test_an_interruption_between_chunks_counts_none_twice(pair_of, tmp_path, mon
             stop_after(patched, 4, KeyboardInterrupt())
             patched.setattr(DifferenceSums, "remember", half_undone)
         with pytest.raises(KeyboardInterrupt):
-            profile_pair(pair, abilities, state=state, save_every=0, **settings)
-    (went_on,) = profile_pair(pair, abilities, state=state, **settings)
+            profile_pair(pair, abilities, ProfilingSettings(save_every=0, **settings), state=state)
+    (went_on,) = profile_pair(pair, abilities, ProfilingSettings(**settings), state=state)
     assert all(torch.equal(expected.scores[module], went_on.scores[module]) for module in expected.scores)
 
 
 def test_an_interrupted_call_from_python_keeps_its_state(pair_of, tmp_path, monkeypatch):
     pair = open_pair(*map(str, pair_of("mixtral")))
     abilities = [as_ability(random_samples(), "one"), as_ability(random_samples(1), "two")]
-    settings = {"device": "cpu", "dtype": torch.float32, "batch_tokens": 31, "quiet": True}
-    expected = profile_pair(pair, abilities, **settings)
+    settings = {"device": "cpu", "dtype": "float32", "batch_tokens": 31, "quiet": True}
+    expected = profile_pair(pair, abilities, ProfilingSettings(**settings))
     state = tmp_path / "run.state"
     with monkeypatch.context() as patched:
         stop_after(patched, 4, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt, match=r"run\.state keeps what is done"):
-            profile_pair(pair, abilities, state=state, **settings)
-    went_on = profile_pair(pair, abilities, state=state, **settings)
+            profile_pair(pair, abilities, ProfilingSettings(**settings), state=state)
+    went_on = profile_pair(pair, abilities, ProfilingSettings(**settings), state=state)
     for first, second in zip(expected, went_on, strict=True):
         assert all(torch.equal(first.scores[module], second.scores[module]) for module in first.scores)
         assert first.data == second.data  # the experts' tokens
     with pytest.raises(ValueError, match=r"run\.state keeps an unfinished run with other settings: batch_tokens was"):
-        profile_pair(pair, abilities, state=state, **settings | {"batch_tokens": 40})
+        profile_pair(pair, abilities, ProfilingSettings(**settings | {"batch_tokens": 40}), state=state)

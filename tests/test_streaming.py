@@ -18,19 +18,19 @@ from test_profiling import ARCHITECTURES, as_ability, assert_close, random_sampl
 
 from mergekit_act.abilities.batches import cut_batches
 from mergekit_act.cli import main
-from mergekit_act.profiling import open_pair, profile_pair, weights
+from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair, weights
 from mergekit_act.profiling.chunks import ChunkCutter
 from mergekit_act.profiling.hidden import HiddenStates
 from mergekit_act.profiling.memory import MemoryPlan, free_memory, parse_bytes, plan_memory
 from mergekit_act.profiling.segments import SegmentedModel
 
-SETTINGS = {"device": "cpu", "dtype": torch.float32, "batch_tokens": 40, "quiet": True}
+SETTINGS = {"device": "cpu", "dtype": "float32", "batch_tokens": 40, "quiet": True}
 
 
 def least_budget(pair, abilities) -> int:
     """What the refusal of a tiny budget says is needed, and the rounding of what it says."""
     with pytest.raises(ValueError, match="need about") as caught:
-        profile_pair(pair, abilities, memory_budget=1, **SETTINGS)
+        profile_pair(pair, abilities, ProfilingSettings(memory_budget=1, **SETTINGS))
     number, unit = re.search(r"need about ([\d.]+ [MG]B)", str(caught.value))[1].split()
     return int(parse_bytes(number + unit) * 1.006)
 
@@ -43,15 +43,15 @@ def test_streamed_profiles_are_the_resident_ones_to_the_bit(pair_of, name, monke
     caplog.set_level(logging.INFO, "mergekit_act")
     pair = open_pair(*map(str, pair_of(name)))
     abilities = [as_ability(random_samples(), "one"), as_ability(random_samples(1), "two")]
-    whole = profile_pair(pair, abilities, memory_budget=10**12, **SETTINGS)
+    whole = profile_pair(pair, abilities, ProfilingSettings(memory_budget=10**12, **SETTINGS))
     monkeypatch.setattr(weights, "_HEAD_ROWS", 48)  # the head in three slices
-    resident = profile_pair(pair, abilities, memory_budget=10**12, **SETTINGS)
+    resident = profile_pair(pair, abilities, ProfilingSettings(memory_budget=10**12, **SETTINGS))
     for profile, expected in zip(resident, whole, strict=True):
         assert_close(profile.scores, {module: scores.double() for module, scores in expected.scores.items()})
     assert "both models stay in memory" in caplog.text
     ones = SETTINGS | {"batch_tokens": 1}  # single rows are multiplied by other kernels
     alone, alone_streamed = (
-        profile_pair(pair, abilities[:1], memory_budget=budget, **ones)[0]
+        profile_pair(pair, abilities[:1], ProfilingSettings(memory_budget=budget, **ones))[0]
         for budget in (10**12, least_budget(pair, abilities))
     )
     assert all(torch.equal(alone.scores[module], alone_streamed.scores[module]) for module in alone.scores)
@@ -59,7 +59,7 @@ def test_streamed_profiles_are_the_resident_ones_to_the_bit(pair_of, name, monke
     stay = []
     for budget in (least, least + 40_000):
         caplog.clear()
-        streamed = profile_pair(pair, abilities, memory_budget=budget, **SETTINGS)
+        streamed = profile_pair(pair, abilities, ProfilingSettings(memory_budget=budget, **SETTINGS))
         stay.append(int(re.search(r"(\d) of 5 pieces of the models stay in memory", caplog.text)[1]))
         for expected, profile in zip(resident, streamed, strict=True):
             assert all(torch.equal(expected.scores[module], profile.scores[module]) for module in expected.scores)
@@ -75,7 +75,9 @@ def test_hidden_states_wait_in_a_file_where_memory_is_short(pair_of, monkeypatch
         "mergekit_act.profiling.passes.HiddenStates",
         lambda place, *arguments: places.append(place) or HiddenStates(place, *arguments),
     )
-    (streamed,) = profile_pair(pair, abilities, memory_budget=least_budget(pair, abilities), **SETTINGS)
+    (streamed,) = profile_pair(
+        pair, abilities, ProfilingSettings(memory_budget=least_budget(pair, abilities), **SETTINGS)
+    )
     assert "file" in places
     assert_close(
         streamed.scores,
@@ -92,7 +94,7 @@ def test_no_weight_is_left_behind(pair_of, monkeypatch):
     )
     pair = open_pair(*map(str, pair_of("qwen3")))
     abilities = [as_ability(random_samples())]
-    profile_pair(pair, abilities, memory_budget=least_budget(pair, abilities), **SETTINGS)
+    profile_pair(pair, abilities, ProfilingSettings(memory_budget=least_budget(pair, abilities), **SETTINGS))
     streamed = [made[-1].pieces[place].layer for place in made[-1]._order]
     for model in made[-1].models:
         for layer in streamed:
@@ -104,7 +106,7 @@ def test_no_weight_is_left_behind(pair_of, monkeypatch):
 def test_files_are_closed_after_each_piece(pair_of):
     pair = open_pair(*map(str, pair_of("mistral")))
     abilities = [as_ability(random_samples())]
-    profile_pair(pair, abilities, memory_budget=least_budget(pair, abilities), **SETTINGS)
+    profile_pair(pair, abilities, ProfilingSettings(memory_budget=least_budget(pair, abilities), **SETTINGS))
     gc.collect()
     maps = Path("/proc/self/maps").read_text()
     assert str(pair_of("mistral")[0].resolve()) not in maps
@@ -122,7 +124,7 @@ def test_old_pickles_stream_too(pair_of, tmp_path):
         pair = open_pair(str(target), str(folder))
         abilities = [as_ability(random_samples())]
         streamed, resident = (
-            profile_pair(pair, abilities, memory_budget=budget, **SETTINGS)[0]
+            profile_pair(pair, abilities, ProfilingSettings(memory_budget=budget, **SETTINGS))[0]
             for budget in (least_budget(pair, abilities), 10**12)
         )
         assert all(torch.equal(resident.scores[module], streamed.scores[module]) for module in resident.scores)
@@ -160,7 +162,7 @@ def test_missing_tensors_are_told_before_anything_is_loaded(pair_of, tmp_path):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     pair = open_pair(str(target), str(folder))
     with pytest.raises(ValueError, match="does not fit its config") as caught:
-        profile_pair(pair, [as_ability(random_samples())], memory_budget=1, **SETTINGS)
+        profile_pair(pair, [as_ability(random_samples())], ProfilingSettings(memory_budget=1, **SETTINGS))
     assert str(caught.value).endswith(
         '"model.layers.1.mlp.up_proj.weight" is missing; "model.norm.weight" is [5], the config says [32] (2 in all)'
     )
@@ -254,7 +256,9 @@ def test_out_of_memory_anywhere_halves(pair_of, monkeypatch, tmp_path):
         for budget in (10**12, least):
             with monkeypatch.context() as patched:
                 patched.setattr(owner, name, once(getattr(owner, name), number))
-                (profile,) = profile_pair(pair, abilities, memory_budget=budget, **SETTINGS | {"batch_tokens": 80})
+                (profile,) = profile_pair(
+                    pair, abilities, ProfilingSettings(memory_budget=budget, **SETTINGS | {"batch_tokens": 80})
+                )
             assert_close(profile.scores, expected)
 
 
@@ -269,7 +273,9 @@ def test_arguments_that_depend_on_embeddings_are_kept(tmp_path):
     pair = open_pair(*map(str, folders))
     abilities = [as_ability(random_samples())]
     least = least_budget(pair, abilities)
-    (resident,), (streamed,) = (profile_pair(pair, abilities, memory_budget=n, **SETTINGS) for n in (10**12, least))
+    (resident,), (streamed,) = (
+        profile_pair(pair, abilities, ProfilingSettings(memory_budget=n, **SETTINGS)) for n in (10**12, least)
+    )
     assert all(torch.equal(resident.scores[module], streamed.scores[module]) for module in resident.scores)
     assert_close(resident.scores, plain_profile(*folders, random_samples(), pair.layout.modules))
 
@@ -291,7 +297,7 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(pair_of, monkeypatch, 
     monkeypatch.setattr(mlp, "forward", limited)
     with caplog.at_level(logging.WARNING):
         (profile,) = profile_pair(
-            pair, [as_ability(samples)], device="cpu", dtype=torch.float32, batch_tokens=120, quiet=True
+            pair, [as_ability(samples)], ProfilingSettings(device="cpu", dtype="float32", batch_tokens=120, quiet=True)
         )
     assert len(large) == 4
     said = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
@@ -309,7 +315,7 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(pair_of, monkeypatch, 
     one = [as_ability([([5, 6, 7], [False, True, True])])]
     everywhere = False
     with pytest.raises(ValueError, match="one sample of 3 tokens does not fit the memory of cpu; lower max_length"):
-        profile_pair(pair, one, device="cpu", quiet=True)
+        profile_pair(pair, one, ProfilingSettings(device="cpu", quiet=True))
     everywhere = True
     with pytest.raises(ValueError, match=r"out of memory on cpu; say a --memory-budget below .* fewer weights stay"):
-        profile_pair(pair, one, device="cpu", quiet=True)
+        profile_pair(pair, one, ProfilingSettings(device="cpu", quiet=True))

@@ -30,7 +30,7 @@ from mergekit_act.cards.markdown import (
     write_readme,
 )
 from mergekit_act.files import file_hash
-from mergekit_act.report.listings import describe_selection
+from mergekit_act.selection import describe_selection
 
 __all__ = ["has_artifacts", "write_folder_card"]
 

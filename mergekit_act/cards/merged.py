@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -33,8 +31,6 @@ from mergekit_act.cards.transfer import describe_transfer
 from mergekit_act.checking.summary import CheckSummary, check_config
 from mergekit_act.files import write_atomically
 from mergekit_act.merging import is_ours
-from mergekit_act.report.canvas import can_draw, save_figure
-from mergekit_act.report.groups import Groups
 from mergekit_act.yaml_files import read_yaml
 
 __all__ = ["WrittenCard", "write_merge_card"]
@@ -63,6 +59,7 @@ def write_merge_card(
     *,
     evaluation: Path | None = None,
     evaluated_as: str | None = None,
+    draw: Callable[[CheckSummary], Mapping[str, bytes]] = lambda _summary: {},
     overwrite: bool = False,
 ) -> WrittenCard:
     """Extend the card that mergekit wrote, and copy the masks beside it.
@@ -74,6 +71,7 @@ def write_merge_card(
         options: what mergekit-yaml was given.
         evaluation: what ``mergekit-act evaluate --json`` wrote.
         evaluated_as: the merged model's name in it.
+        draw: makes pictures of what was moved, file name -> content.
         overwrite: replace masks and other files of an earlier card that are different.
 
     Raises:
@@ -90,7 +88,7 @@ def write_merge_card(
     masks = find_masks(summary.masks)
     recipe = Recipe(masks, summary.target, summary.ability_models)
     results = None if evaluation is None else read_results(evaluation, merged, evaluated_as)
-    files = _files(config, masks, recipe) | _pictures(summary)
+    files = _files(config, masks, recipe) | dict(draw(summary))
     changed = [name for name, content in files.items() if not _is(merged / name, content)]
     taken = [str(merged / name) for name in changed if (merged / name).exists()]
     if taken and not overwrite:
@@ -110,8 +108,6 @@ def write_merge_card(
         write_atomically(merged / name, files[name], overwrite=True)
     write_readme(path, card)
     remarks = [*summary.remarks, *_private(config, masks), *_younger(masks, merged)]
-    if not can_draw():
-        remarks.append('for a picture: pip install "mergekit-act[plots]", and the same command again')
     return WrittenCard((path, *(merged / name for name in files)), tuple(remarks))
 
 
@@ -123,22 +119,6 @@ def _files(config: Any, masks: Sequence[MaskFile], recipe: Recipe) -> dict[str, 
     own = map_masks(config, lambda setting: ",".join(dict.fromkeys(copies.get(setting, [setting]))))
     texts = recipe.files | {"act.yml": yaml.safe_dump(own, sort_keys=False, allow_unicode=True)}
     return {mask.copy: mask.path.read_bytes() for mask in masks} | {name: t.encode() for name, t in texts.items()}
-
-
-def _pictures(summary: CheckSummary) -> dict[str, bytes]:
-    """Which share of every module of the output was moved, if it can be drawn."""
-    if not can_draw():
-        return {}
-    from mergekit_act.report.composition import draw_grid
-
-    sizes, counts = Counter[str](), Counter[str]()
-    for module in summary.modules:
-        sizes[module.module] += module.channels
-        counts[module.module] += module.selected
-    groups = Groups(list(sizes))
-    with TemporaryDirectory() as scratch:
-        figure = draw_grid(groups, counts, sizes, "moved share of a module's channels")
-        return {path.name: path.read_bytes() for path in save_figure(figure, Path(scratch, "composition"))}
 
 
 def _is(path: Path, content: bytes) -> bool:

@@ -24,8 +24,8 @@ from mergekit_act.cards.masks import MaskFile, Source
 from mergekit_act.cards.recipe import Recipe, requirements, shell_line
 from mergekit_act.checking.summary import CheckSummary
 from mergekit_act.checkpoints import model_name, parse_reference
-from mergekit_act.report.listings import describe_selection
-from mergekit_act.report.tables import percent
+from mergekit_act.selection import describe_selection
+from mergekit_act.wording import percent
 
 __all__ = ["describe_transfer"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -83,7 +82,9 @@ def merge(arguments: tuple[str, ...]) -> None:
 @click.option("--evaluated-as", metavar="MODEL", help="The merged model's name in that file, if not its path.")
 @options.overwrite
 @common
-def card(arguments: tuple[str, ...], quiet: bool, **options: Any) -> None:
+def card(
+    arguments: tuple[str, ...], evaluation: Path | None, evaluated_as: str | None, overwrite: bool, quiet: bool
+) -> None:
     """Say on a merge's model card what was moved.
 
     Extends the README.md that mergekit wrote to FOLDER: method, models, abilities and their data, what was moved,
@@ -99,6 +100,7 @@ def card(arguments: tuple[str, ...], quiet: bool, **options: Any) -> None:
     from mergekit_act.cards.files import has_artifacts, write_folder_card
     from mergekit_act.cards.merged import write_merge_card
     from mergekit_act.checking.summary import parse_check_arguments
+    from mergekit_act.report import can_draw, draw_moved
 
     named, merge_options = parse_check_arguments(arguments)
     folder = Path(named)
@@ -109,8 +111,17 @@ def card(arguments: tuple[str, ...], quiet: bool, **options: Any) -> None:
         echo(readme)
         return
     with muted("mergekit_act.checking"):  # what it would warn of is in the summary
-        written = write_merge_card(folder, merge_options, **options)
+        written = write_merge_card(
+            folder,
+            merge_options,
+            evaluation=evaluation,
+            evaluated_as=evaluated_as,
+            draw=draw_moved,
+            overwrite=overwrite,
+        )
     for remark in written.remarks:
         echo(f"note: {remark}")
+    if not can_draw():
+        echo('note: for a picture: pip install "mergekit-act[plots]", and the same command again')
     for path in written.files:
         echo(path)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from mergekit_act.cli import options
-from mergekit_act.cli.framework import command, common, echo, repeat_command
+from mergekit_act.cli.framework import command, common, echo, packed, repeat_command
+
+if TYPE_CHECKING:
+    from mergekit_act.profiling import ProfilingSettings
+    from mergekit_act.selection import Retention
 
 
 @command()
@@ -71,7 +76,8 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
 @options.trust
 @options.overwrite
 @common
-def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **options: Any) -> None:
+@packed("mergekit_act.profiling", "ProfilingSettings", "settings")
+def profile(abilities_file: Path, out_dir: Path, overwrite: bool, settings: ProfilingSettings) -> None:
     """Score every channel of a pair.
 
     Writes one profile per ability of ABILITIES.yml to OUT_DIR, and a README.md for the Hub.
@@ -87,13 +93,12 @@ def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **
     from mergekit_act.profiling import write_profiles
     from mergekit_act.report import list_expert_tokens
 
-    file = load_abilities(abilities_file)
-    written = write_profiles(file, out_dir, criterion=criterion, quiet=quiet, **options)
-    for path, made in written.items():
+    written = write_profiles(load_abilities(abilities_file), out_dir, settings, overwrite=overwrite)
+    for path, made in written.profiles.items():
         echo(path)
         if "expert_tokens" in made.data:
             echo(list_expert_tokens(made))
-    if written:  # by this process
+    if written.profiles:  # by this process
         _describe(out_dir)
 
 
@@ -135,55 +140,64 @@ def profile(abilities_file: Path, out_dir: Path, criterion: str, quiet: bool, **
 )
 @options.overwrite
 @common
+@packed(__name__, "Retained", "retained")
 def mask(
     profiles: tuple[Path, ...],
     out: Path,
     density: float,
     exclude: tuple[str, ...],
-    retain: tuple[Path, ...],
-    retain_ranking: Any,
-    retain_strength: float | None,
-    retain_density: float | None,
     overwrite: bool,
     quiet: bool,
+    retained: Retained,
 ) -> None:
     """Select the top channels of profiles.
 
     Keeps the top channels of each PROFILE and writes their union as a mask, and beside it a README.md for the Hub, but
     in the working directory.
     """
-    given = {"ranking": retain_ranking, "strength": retain_strength, "density": retain_density}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and not retain:
-        raise ValueError(
-            f"--retain-{next(iter(given))} needs --retain PROFILE, the abilities whose channels are spared"
-        )
-    if retain_strength is not None and retain_ranking not in (None, "difference"):
-        raise ValueError(f"--retain-strength belongs to the ranking by difference, not by {retain_ranking}")
-    from mergekit_act.artifacts import load_profile, save_mask
-    from mergekit_act.files import check_free, file_hash
     from mergekit_act.report import list_mask
     from mergekit_act.report.listings import head_warning
-    from mergekit_act.selection import Retention, make_mask
+    from mergekit_act.selection import write_mask
 
-    check_free([out], overwrite=overwrite)
-    loaded = [load_profile(path) for path in profiles]
-    spared = None
-    if retain:
-        spared = Retention([load_profile(path) for path in retain], [file_hash(path) for path in retain], **given)
-    hashes = [file_hash(path) for path in profiles]
-    made = make_mask(loaded, density, exclude=exclude, hashes=hashes, retain=spared)
+    made = write_mask(profiles, out, density, exclude=exclude, retain=retained.load(), overwrite=overwrite)
     selected = {module: int(chosen.sum()) for module, chosen in made.channels.items()}
     warning = head_warning(
         made.layout, "the mask", selected, "Without them: " + repeat_command("--exclude {head} --overwrite")
     )
     if warning:
         echo(f"warning: {warning}", err=True)
-    save_mask(made, out, overwrite=overwrite)
     echo(list_mask(made))
     readme = _describe(out.parent)
     if readme is not None:
         echo(f"described for the Hub: {readme}")
+
+
+@dataclass(frozen=True)
+class Retained:
+    """What ``mask`` is told of abilities to retain."""
+
+    retain: tuple[Path, ...]
+    retain_ranking: str | None
+    retain_strength: float | None
+    retain_density: float | None
+
+    def load(self) -> Retention | None:
+        """Their profiles; None if there are none.
+
+        Raises:
+            ValueError: something is told that has no effect.
+        """
+        from mergekit_act.selection import Retention
+
+        settings = {"ranking": self.retain_ranking, "strength": self.retain_strength, "density": self.retain_density}
+        given = {name: value for name, value in settings.items() if value is not None}
+        if given and not self.retain:
+            raise ValueError(
+                f"--retain-{next(iter(given))} needs --retain PROFILE, the abilities whose channels are spared"
+            )
+        if "strength" in given and given.get("ranking", "difference") != "difference":
+            raise ValueError(f"--retain-strength belongs to the ranking by difference, not by {given['ranking']}")
+        return Retention.of_files(self.retain, **given) if self.retain else None
 
 
 def _describe(folder: Path) -> Path | None:
@@ -240,6 +254,7 @@ def report(
         return
     from mergekit_act.report.page import write_report
 
-    for warning in write_report(files, out_dir, density=density, exclude=exclude, overwrite=overwrite, quiet=quiet):
+    written = write_report(files, out_dir, density=density, exclude=exclude, overwrite=overwrite, quiet=quiet)
+    for warning in written.warnings:
         echo(f"warning: {warning}")
-    echo(out_dir / "report.html")
+    echo(written.page)

@@ -21,6 +21,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from mergekit_act.checkpoints import Checkpoint
 from mergekit_act.finetuning.recipe import Recipe
+from mergekit_act.wording import show_bytes
 
 __all__ = ["Saving", "bytes_needed", "check_room"]
 
@@ -130,8 +131,8 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free + held
     if free < needed:
         raise OSError(
-            f"{folder} has room for {free / 1e9:.1f} GB; the model and its checkpoints take up to {needed / 1e9:.1f} "
-            "GB. Make room, choose another folder, or keep fewer checkpoints (--save-steps 0 keeps none)"
+            f"{folder} has room for {show_bytes(free)}; the model and its checkpoints take up to {show_bytes(needed)}. "
+            "Make room, choose another folder, or keep fewer checkpoints (--save-steps 0 keeps none)"
         )
 
 

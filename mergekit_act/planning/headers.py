@@ -16,6 +16,7 @@ from mergekit.io import LazyTensorLoader
 
 from mergekit_act.checkpoints import Checkpoint, TensorHeader, merged_model
 from mergekit_act.planning.internals import LoaderCache, names_from_loaders, tensor_index
+from mergekit_act.wording import show_bytes
 
 __all__ = ["HeaderLoader", "only_headers"]
 
@@ -74,7 +75,7 @@ def _without_weights(model: ModelReference, options: Any) -> tuple[Checkpoint | 
     config = model.config(options.trust_remote_code)
     if folder is None:
         fetched, size = _from_hub(unmerged)
-        remark = f"{model} is fetched first: {size / 1e9:.2f} GB"
+        remark = f"{model} is fetched first: {show_bytes(size)}"
         return _Headers(model, Path(model.model.path), config, fetched), remark
     cache, dtype = options.lora_merge_cache or "", options.lora_merge_dtype
     if model.lora is not None and not merged_model(model, cache, dtype).is_current():

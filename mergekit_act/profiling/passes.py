@@ -19,9 +19,10 @@ from mergekit_act.profiling.loading import ModelWeights
 from mergekit_act.profiling.memory import MemoryPlan, free_memory, plan_memory
 from mergekit_act.profiling.pair import ModelPair
 from mergekit_act.profiling.segments import SegmentedModel
-from mergekit_act.profiling.state import RunState
-from mergekit_act.profiling.sums import DifferenceSums, scratch_bytes
+from mergekit_act.profiling.settings import ProfilingSettings
+from mergekit_act.profiling.sums import DifferenceSums, restore, scratch_bytes, store
 from mergekit_act.profiling.weights import PairWeights
+from mergekit_act.runs.state import StateFile
 from mergekit_act.wording import show_bytes
 
 __all__ = ["Pass"]
@@ -38,46 +39,39 @@ class Pass:
 
     Attributes:
         pair: the models.
-        device: where they run.
-        dtype: in which they run.
+        settings: how they run, resolved.
         batches: the micro-batches, each with the place of its ability.
         names: of the abilities.
-        budget: bytes of the device's memory that may be used; None takes what is free.
         neighbours: how many processes share this machine.
     """
 
     pair: ModelPair
-    device: str
-    dtype: torch.dtype
+    settings: ProfilingSettings
     batches: Sequence[tuple[int, MicroBatch]]
     names: Sequence[str]
-    budget: int | None
     neighbours: int
 
-    def run(
-        self, every_sums: Sequence[DifferenceSums], saved: RunState | None, save_every: float, *, quiet: bool
-    ) -> None:
+    def run(self, every_sums: Sequence[DifferenceSums], saved: StateFile | None) -> None:
         """Add up the differences of all micro-batches that a saved state does not have yet.
 
         Args:
             every_sums: of each ability.
             saved: where the state is kept.
-            save_every: seconds after which it is saved, at the end of a chunk.
-            quiet: show no progress.
 
         Raises:
             ValueError: the memory does not hold a layer of both models and one micro-batch, a module's output can't be
                 observed, or activations are NaN or infinite.
         """
-        done, total = saved.resume(every_sums) if saved is not None else 0, len(self.batches)
+        done, total = restore(every_sums, saved) if saved is not None else 0, len(self.batches)
         if done == total:
             return
+        device, dtype = self.settings.place, self.settings.torch_dtype
         with self._settled() as (weights, plan):
             cutter = self._cutter(plan, saved)
-            engine = Engine(weights, self.pair.layout, self.pair.vocabulary, self.device, self._most_tokens)
+            engine = Engine(weights, self.pair.layout, self.pair.vocabulary, device, self._most_tokens)
             with (
                 engine.observing(),
-                _progress(self.batches, done, plan, len(weights.pieces), quiet) as progress,
+                _progress(self.batches, done, plan, len(weights.pieces), self.settings.quiet) as progress,
                 _kept_on_error(saved, every_sums, total) as reached,
             ):
                 saved_at = time.monotonic()
@@ -85,40 +79,41 @@ class Pass:
                 while done < total:
                     count, place = _WHOLE if cutter is None else cutter.cut([b for _, b in self.batches[done:]])
                     started, waited = time.monotonic(), weights.waited
-                    hidden = HiddenStates(place, self.device, saved.path.parent if saved is not None else None)
+                    hidden = HiddenStates(place, device, saved.path.parent if saved is not None else None)
                     chunk = self.batches[done : done + count]
                     with closing(hidden), _all_or_nothing(every_sums, chunk, reached, done):
-                        works = [Work(batch.to(self.device), every_sums[ability]) for ability, batch in chunk]
+                        works = [Work(batch.to(device), every_sums[ability]) for ability, batch in chunk]
                         engine.run(works, hidden, more=done + count < total, on_progress=progress)
                         for ability in {ability for ability, _ in chunk}:
-                            _check_finite(every_sums[ability], self.names[ability], self.dtype)
+                            _check_finite(every_sums[ability], self.names[ability], dtype)
                     done += count
                     if cutter is not None:
                         cutter.learn(time.monotonic() - started, weights.waited - waited)
-                    if saved is not None and (done == total or time.monotonic() - saved_at >= save_every):
-                        saved.save(every_sums, done, total)
+                    if saved is not None and (done == total or time.monotonic() - saved_at >= self.settings.save_every):
+                        store(every_sums, saved, done, total)
                         saved_at = time.monotonic()
 
     @contextmanager
     def _settled(self) -> Iterator[tuple[PairWeights, MemoryPlan]]:
         """The pair's weights, as much of them in memory as the budget holds."""
-        pair, layout = self.pair, self.pair.layout
+        pair, layout, device, dtype = self.pair, self.pair.layout, self.settings.place, self.settings.torch_dtype
         skeletons = pair.skeletons()
         models = (
-            ModelWeights(SegmentedModel(skeletons[0]), pair.target, self.dtype, self.device),
-            ModelWeights(SegmentedModel(skeletons[1]), pair.ability_model, self.dtype, self.device),
+            ModelWeights(SegmentedModel(skeletons[0]), pair.target, dtype, device),
+            ModelWeights(SegmentedModel(skeletons[1]), pair.ability_model, dtype, device),
         )
         head = models[0].segmented.head_name
         weights = PairWeights(models, pair.shared_rows.get(head, layout.channel_shape(head)[0]))
         try:
             tokens = self._most_tokens
-            sums = 8 * layout.channel_count() * 2 * len(self.names) + scratch_bytes(layout, self.device)
+            sums = 8 * layout.channel_count() * 2 * len(self.names) + scratch_bytes(layout, device)
             longest = max(batch.input_ids.shape[1] for _, batch in self.batches)
             working = sums + activation_bytes(weights, layout, tokens, longest)
-            budget = free_memory(self.device, self.neighbours) if self.budget is None else self.budget
+            given = self.settings.memory_budget
+            budget = free_memory(device, self.neighbours) if given is None else given
             pieces = [weights.size(piece) for piece in weights.pieces]
             # On a CPU the file that is copied from is mapped into the same memory.
-            mapped = max(pieces) // 2 if torch.device(self.device).type == "cpu" else 0
+            mapped = max(pieces) // 2 if torch.device(device).type == "cpu" else 0
             plan = plan_memory(
                 pieces,
                 budget=budget,
@@ -131,8 +126,8 @@ class Pass:
             if isinstance(plan, int):
                 raise ValueError(
                     f"a layer of both models, or a slice of their heads, and a micro-batch of {tokens} tokens need "
-                    f"about {show_bytes(plan)} on {self.device}; "
-                    f"{'what is free is' if self.budget is None else '--memory-budget says'} {show_bytes(budget)}. "
+                    f"about {show_bytes(plan)} on {device}; "
+                    f"{'what is free is' if given is None else '--memory-budget says'} {show_bytes(budget)}. "
                     f"Say a smaller --batch-tokens, or a --memory-budget above {show_bytes(plan)}"
                 )
             LOG.info("%s, of %s", _describe(plan, len(weights.pieces)), show_bytes(budget))
@@ -141,7 +136,7 @@ class Pass:
                 yield weights, plan
             except torch.OutOfMemoryError as error:
                 raise ValueError(
-                    f"out of memory on {self.device}; say a --memory-budget below {show_bytes(budget)}, so that fewer "
+                    f"out of memory on {device}; say a --memory-budget below {show_bytes(budget)}, so that fewer "
                     "weights stay"
                 ) from error
         finally:
@@ -155,16 +150,16 @@ class Pass:
     def _token_bytes(self) -> int:
         """Bytes of a token's hidden states in both models."""
         width: int = self.pair.target.config.get_text_config().hidden_size
-        return 2 * width * self.dtype.itemsize
+        return 2 * width * self.settings.torch_dtype.itemsize
 
-    def _cutter(self, plan: MemoryPlan, saved: RunState | None) -> ChunkCutter | None:
+    def _cutter(self, plan: MemoryPlan, saved: StateFile | None) -> ChunkCutter | None:
         if plan.everything:
             return None
         return ChunkCutter(
             plan.hidden,
             self._token_bytes,
             self.pair.vocabulary,
-            on_host=torch.device(self.device).type != "cpu",
+            on_host=torch.device(self.settings.place).type != "cpu",
             processes=self.neighbours,
             folder=saved.path.parent if saved is not None else None,
         )
@@ -172,7 +167,7 @@ class Pass:
 
 @contextmanager
 def _kept_on_error(
-    saved: RunState | None, every_sums: Sequence[DifferenceSums], total: int
+    saved: StateFile | None, every_sums: Sequence[DifferenceSums], total: int
 ) -> Iterator[Callable[[int | None], None]]:
     """If the run is interrupted or fails, save what it has reached.
 
@@ -191,7 +186,7 @@ def _kept_on_error(
         if saved is None or not done:  # nothing to save, or no whole number of chunks: the file stays as it is
             raise
         try:
-            saved.save(every_sums, done, total)
+            store(every_sums, saved, done, total)
         except Exception as failure:
             LOG.warning("the state of the run could not be saved: %s", failure)
             raise error from None

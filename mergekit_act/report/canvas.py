@@ -23,6 +23,7 @@ __all__ = [
     "SMALL",
     "WIDTH",
     "can_draw",
+    "files_of",
     "for_page",
     "new_canvas",
     "save_figure",
@@ -78,21 +79,27 @@ def new_canvas(
 
 
 def save_figure(figure: Any, stem: Path) -> list[Path]:
-    """Write a figure as STEM.svg and STEM.png, each whole or not at all; equal figures give equal bytes.
+    """Write a figure as STEM.svg and STEM.png, each whole or not at all.
 
     Raises:
         OSError: a file can't be written; the message names it.
     """
+    written = []
+    for name, content in files_of(figure, stem.name).items():
+        written.append(stem.with_name(name))
+        write_atomically(written[-1], content, overwrite=True)
+    return written
+
+
+def files_of(figure: Any, stem: str) -> dict[str, bytes]:
+    """A figure as files: STEM.svg and STEM.png, and their content; equal figures give equal bytes."""
     from matplotlib import rc_context
 
-    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".svg", ".png")]
     svg, png = io.BytesIO(), io.BytesIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mergekit-act"}):
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=150, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
-    for path, drawn in zip(paths, (svg, png), strict=True):
-        write_atomically(path, drawn.getvalue(), overwrite=True)
-    return paths
+    return {f"{stem}.svg": svg.getvalue(), f"{stem}.png": png.getvalue()}
 
 
 def for_page(svg: str, name: str, label: str) -> str:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mergekit_act.report.canvas import can_draw, files_of
 from mergekit_act.report.comparison import Comparison, Pair
 from mergekit_act.report.figures import draw_heat_map
 from mergekit_act.report.groups import Groups, total
 from mergekit_act.report.listings import head_warning
 from mergekit_act.report.parts import UNION, Picture, Section
-from mergekit_act.report.tables import Row, Table, percent, shown_density
+from mergekit_act.report.tables import Row, Table
+from mergekit_act.wording import percent, shown_density
 
-__all__ = ["describe_composition", "draw_grid"]
+if TYPE_CHECKING:
+    from mergekit_act.checking.summary import CheckSummary
+
+__all__ = ["describe_composition", "draw_moved"]
 
 
 def describe_composition(comparison: Comparison, pair: Pair, suffix: str) -> Section:
@@ -61,7 +67,7 @@ def describe_composition(comparison: Comparison, pair: Pair, suffix: str) -> Sec
         Picture(
             f"composition{suffix}",
             f"{names[-1]}: how much of each module is selected, in percent of its channels.",
-            lambda: draw_grid(
+            lambda: _draw_grid(
                 comparison.groups,
                 counts[-1],
                 dict(zip(comparison.layout.modules, comparison.sizes.tolist(), strict=True)),
@@ -83,7 +89,7 @@ def describe_composition(comparison: Comparison, pair: Pair, suffix: str) -> Sec
     )
 
 
-def draw_grid(groups: Groups, counts: Mapping[str, int], sizes: Mapping[str, int], label: str) -> Any:
+def _draw_grid(groups: Groups, counts: Mapping[str, int], sizes: Mapping[str, int], label: str) -> Any:
     """A heat map of module kind by layer: the share of each module's channels that is selected.
 
     Args:
@@ -156,3 +162,15 @@ def _long(comparison: Comparison, names: Sequence[str], counts: Sequence[Mapping
     ]
     header = ["mask", "module", "selected", "channels"]
     return Table(f"composition-modules{suffix}", "", [], [], header, rows)
+
+
+def draw_moved(summary: CheckSummary) -> dict[str, bytes]:
+    """Which share of every module of a merge was moved: file name -> content; empty if it can't be drawn."""
+    if not can_draw():
+        return {}
+    sizes, counts = Counter[str](), Counter[str]()
+    for module in summary.modules:
+        sizes[module.module] += module.channels
+        counts[module.module] += module.selected
+    figure = _draw_grid(Groups(list(sizes)), counts, sizes, "moved share of a module's channels")
+    return files_of(figure, "composition")

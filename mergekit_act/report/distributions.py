@@ -11,7 +11,8 @@ import numpy as np
 from mergekit_act.report.comparison import DENSITIES, Comparison, Pair, Scored
 from mergekit_act.report.figures import Line, draw_lines
 from mergekit_act.report.parts import UNION, Picture, Section
-from mergekit_act.report.tables import Cell, Row, Table, percent, shown_density
+from mergekit_act.report.tables import Cell, Row, Table
+from mergekit_act.wording import percent, shown_density
 
 __all__ = ["describe_distribution", "describe_moved", "describe_weights"]
 

@@ -6,18 +6,18 @@ import math
 import re
 import statistics
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergekit_act.artifacts import Mask, Profile
 from mergekit_act.channels import Layout, kind_pattern
-from mergekit_act.report.tables import percent, shown_density, size, table
+from mergekit_act.report.tables import table
 from mergekit_act.selection import selected_parameters
+from mergekit_act.wording import percent, show_bytes
 
 if TYPE_CHECKING:
     from mergekit_act.checking.summary import CheckSummary
 
 __all__ = [
-    "describe_selection",
     "head_module",
     "head_warning",
     "list_channels",
@@ -107,26 +107,6 @@ def head_warning(
     )
 
 
-def describe_selection(source: Mapping[str, Any]) -> str:
-    """How channels of a profile were selected, of what a mask records.
-
-    >>> describe_selection({"density": 0.05, "exclude": ["lm_head"]})
-    'top 5 % without lm_head'
-    """
-    density = source.get("density")
-    shown = f"top {shown_density(density)}" if isinstance(density, int | float) else "scores"
-    if source.get("exclude"):
-        shown += f" without {', '.join(source['exclude'])}"
-    retain = source.get("retain")
-    if retain:
-        spared = ", ".join(str(one.get("ability")) for one in retain.get("abilities") or ())
-        shown += f", sparing {spared} (not in the paper: ranked by {retain.get('ranking')}"
-        has_strength = retain.get("ranking") == "difference" and retain.get("strength") is not None
-        shown += f", strength {retain['strength']:g})" if has_strength else ")"
-        shown += f" and without the top {shown_density(retain['density'])} of these" if retain.get("density") else ""
-    return shown
-
-
 def list_expert_tokens(profile: Profile) -> str:
     """How many answer tokens the experts of a profile's target had: few make for scores by chance."""
     counts = [count for experts in profile.data["expert_tokens"].values() for count in experts]
@@ -153,8 +133,8 @@ def list_check(summary: CheckSummary) -> str:
         "",
         f"{summary.selected:,} of {summary.channels:,} channels ({percent(summary.selected, summary.channels)})",
         f"{moved_in_all:,} of {parameters:,} parameters ({percent(moved_in_all, parameters)})",
-        f"about {size(summary.bytes_read)} read, {size(summary.bytes_written)} written, "
-        f"{size(summary.peak_memory)} of memory besides Python and PyTorch",
+        f"about {show_bytes(summary.bytes_read)} read, {show_bytes(summary.bytes_written)} written, "
+        f"{show_bytes(summary.peak_memory)} of memory besides Python and PyTorch",
         *(f"note: {remark}" for remark in summary.remarks),
     ]
     return "\n".join(lines)

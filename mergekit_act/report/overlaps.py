@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from mergekit_act.report.comparison import Comparison, Pair, Scored, common_counts
 from mergekit_act.report.figures import draw_bars, draw_heat_map
 from mergekit_act.report.parts import Picture, Section
-from mergekit_act.report.tables import Cell, Row, Table, percent, shown_density
+from mergekit_act.report.tables import Cell, Row, Table
+from mergekit_act.wording import percent, shown_density
 
 __all__ = ["describe_consistency", "describe_controls", "describe_overlap"]
 

@@ -18,12 +18,26 @@ from mergekit_act.report.canvas import DARK, can_draw, for_page, save_figure
 from mergekit_act.report.comparison import Comparison, load_comparison
 from mergekit_act.report.parts import Picture, Section
 from mergekit_act.report.sections import make_sections
-from mergekit_act.report.tables import percent, shown_density
-from mergekit_act.wording import as_csv, escape
+from mergekit_act.wording import as_csv, escape, percent, shown_density
 
-__all__ = ["write_report"]
+__all__ = ["WrittenReport", "write_report"]
 
 PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """A report.
+
+    Attributes:
+        page: report.html.
+        files: its figures and tables beside it.
+        warnings: what the page warns of.
+    """
+
+    page: Path
+    files: tuple[Path, ...]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,7 @@ def write_report(
     exclude: Sequence[str] = (),
     overwrite: bool = False,
     quiet: bool = False,
-) -> list[str]:
+) -> WrittenReport:
     """Compare profiles and write report.html, each figure as svg and png, each table as csv.
 
     Args:
@@ -52,9 +66,6 @@ def write_report(
         exclude: globs of modules that take no part.
         overwrite: replace a report that exists; those of its figures and tables that the new one lacks are removed.
         quiet: show no progress.
-
-    Returns:
-        The warnings that the page shows.
 
     Raises:
         FileExistsError: there is a report already and ``overwrite`` is false.
@@ -94,7 +105,7 @@ def write_report(
         title=_title(comparison), facts=_facts(comparison), sections=sections, svgs=drawn, dark=DARK
     )
     write_atomically(out_dir / PAGE, page.encode(), overwrite=True)
-    return warnings
+    return WrittenReport(out_dir / PAGE, tuple(out_dir / name for name in names), tuple(warnings))
 
 
 def _files_of(page: Path) -> set[str]:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from mergekit_act.wording import escape
 
-__all__ = ["Cell", "Row", "Table", "percent", "shown_density", "size", "table"]
+__all__ = ["Cell", "Row", "Table", "table"]
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,6 @@ class Table:
     rows: Sequence[Row]
     csv_header: Sequence[str]
     csv_rows: Sequence[Sequence[object]]
-
-
-def percent(part: float, whole: float) -> str:
-    """A share, with two digits behind the point; one that is not 0 does not look like it.
-
-    >>> percent(1, 3), percent(1, 100_000)
-    ('33.33 %', '<0.01 %')
-    """
-    if not whole:
-        return "none"
-    return "<0.01 %" if 0 < part / whole < 0.00005 else f"{100 * part / whole:.2f} %"
-
-
-def shown_density(density: float) -> str:
-    """A density in percent.
-
-    >>> shown_density(0.005)
-    '0.5 %'
-    """
-    return f"{100 * density:g} %"
-
-
-def size(count: int) -> str:
-    """A number of bytes."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,82 +3,73 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from mergekit_act.files import remove_leftovers, write_atomically
-from mergekit_act.profiling.sums import DifferenceSums
 from mergekit_act.runs.settings import changed_settings
 
-__all__ = ["RunState", "check_settings", "is_complete"]
+__all__ = ["StateFile", "check_settings", "is_complete"]
 
 _KEY = "mergekit_act"
 _FORMAT_VERSION = 1
 
 
-class RunState:
-    """A file that holds the sums of an unfinished run.
+class StateFile:
+    """A file that holds what an unfinished run has computed.
 
-    A safetensors file, replaced as a whole: one float64 vector per ability that has begun, and as metadata the
-    settings, the counts, and how many micro-batches are done.
+    A safetensors file, replaced as a whole; its metadata are the settings and the progress.
 
     Args:
         path: of the file.
-        settings: all that the sums depend on.
+        settings: all that the content depends on.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self._settings = settings
-        self.saved: int | None = None  # micro-batches that are done in the file
+        self._saved: int | None = None  # steps that are done in the file
 
-    def resume(self, every_sums: Sequence[DifferenceSums]) -> int:
-        """Set sums and counts to what the file has, if there is one.
-
-        Returns:
-            How many micro-batches are done.
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and the progress as they were saved; None if there is no file.
 
         Raises:
             ValueError: it is the state of a run with other settings.
         """
         remove_leftovers(self.path)
         if not self.path.exists():
-            return 0
+            return None
         check_settings(self.path, self._settings)
         metadata = _read_metadata(self.path)
-        with safe_open(self.path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                sums = every_sums[int(name)]
-                sums.vector.copy_(file.get_tensor(name))
-                sums.counts = dict(zip(sums.counts, metadata["counts"][name], strict=True))
-                sums.expert_tokens = metadata["expert_tokens"][name]
-        self.saved = int(metadata["done"])
-        return self.saved
+        self._saved = int(metadata["done"])
+        return load_file(self.path), metadata
 
-    def save(self, every_sums: Sequence[DifferenceSums], done: int, total: int) -> None:
-        """Write the state, unless the file has it already: ``done`` of ``total`` micro-batches are added up."""
-        if done == self.saved:
+    def save(self, tensors: Mapping[str, Tensor], *, done: int, total: int, **progress: Any) -> None:
+        """Write the state, unless the file has it already.
+
+        Args:
+            tensors: what has been computed.
+            done: how many of the steps are done.
+            total: how many there are.
+            progress: what else is needed to go on, as JSON can write it.
+        """
+        if done == self._saved:
             return
-        begun = {str(place): sums for place, sums in enumerate(every_sums) if any(sums.counts.values())}
         metadata = {
             "kind": "state",
             "format_version": _FORMAT_VERSION,
             "settings": self._settings,
             "done": done,
             "total": total,
-            "counts": {name: list(sums.counts.values()) for name, sums in begun.items()},
-            "expert_tokens": {name: sums.expert_tokens for name, sums in begun.items()},
         }
-        content = save(
-            {name: sums.vector.cpu() for name, sums in begun.items()},
-            metadata={_KEY: json.dumps(metadata, sort_keys=True)},
-        )
+        content = save(dict(tensors), metadata={_KEY: json.dumps(metadata | progress, sort_keys=True)})
         write_atomically(self.path, content, overwrite=True)
-        self.saved = done
+        self._saved = done
 
 
 def check_settings(path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -101,7 +92,7 @@ def check_settings(path: Path, settings: Mapping[str, Any], *, overwrite: bool =
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a state has all micro-batches, so that only the profiles were not written."""
+    """Whether all steps of a state are done, so that only the result was not written."""
     try:
         metadata = _read_metadata(path)
     except ValueError:
