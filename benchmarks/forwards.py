@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from mergekit_act.abilities.batches import MicroBatch, cut_batches
 from mergekit_act.profiling import open_pair
 from mergekit_act.profiling.engine import Engine, Work
-from mergekit_act.profiling.hidden import HiddenStates
-from mergekit_act.profiling.loading import ModelWeights
-from mergekit_act.profiling.memory import MemoryPlan
-from mergekit_act.profiling.segments import SegmentedModel
 from mergekit_act.profiling.sums import DifferenceSums
-from mergekit_act.profiling.weights import PairWeights
-from mergekit_act.report import table
+from mergekit_act.streaming.hidden import HiddenStates
+from mergekit_act.streaming.loading import ModelWeights
+from mergekit_act.streaming.memory import MemoryPlan
+from mergekit_act.streaming.segments import SegmentedModel
+from mergekit_act.streaming.weights import PairWeights
+from mergekit_act.wording import table
 
 
 def bare_forward(model: nn.Module, batch: MicroBatch, *, full_head: bool) -> Tensor:

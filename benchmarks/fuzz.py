@@ -322,7 +322,7 @@ def _judge(done: Any) -> None:
 def _rows() -> Callable[[random.Random], None]:
     """Rows of json, jsonl and csv files, and templates over them."""
     from mergekit_act.abilities import Ability
-    from mergekit_act.abilities.rows import fill_template, load_rows, select_rows
+    from mergekit_act.data.rows import fill_template, load_rows, select_rows
 
     def tried(draw: random.Random) -> None:
         suffix = draw.choice((".json", ".jsonl", ".csv"))

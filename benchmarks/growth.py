@@ -19,8 +19,8 @@ def main() -> None:
     from random_pair import CONFIGS, make_pair, qwen2
     from streaming import measure, peaks_of
 
-    from mergekit_act.profiling.memory import parse_bytes
-    from mergekit_act.report import table
+    from mergekit_act.streaming.memory import parse_bytes
+    from mergekit_act.wording import table
 
     @click.command()
     @click.option("--device", default="cpu", show_default=True)

@@ -26,9 +26,9 @@ from oracle import plain_experts, plain_profile
 from test_profiling import ARCHITECTURES, as_ability, random_samples
 
 from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair
-from mergekit_act.profiling.memory import parse_bytes
-from mergekit_act.report import table
 from mergekit_act.runs.processes import join_processes
+from mergekit_act.streaming.memory import parse_bytes
+from mergekit_act.wording import table
 
 BATCH_TOKENS = (1, 40, 4096)
 PADDING = (0, 6)

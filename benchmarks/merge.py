@@ -89,7 +89,7 @@ def main() -> None:
     import click
     from random_pair import CONFIGS, pair_in
 
-    from mergekit_act.report import table
+    from mergekit_act.wording import table
 
     @click.command()
     @click.option("--model", type=click.Choice(list(CONFIGS)), default="qwen2.5-1.5b", show_default=True)

@@ -20,7 +20,7 @@ import transformers
 
 from mergekit_act.artifacts import Profile, save_profile
 from mergekit_act.channels import channel_layout
-from mergekit_act.report import table
+from mergekit_act.wording import table
 
 READ = (
     "import sys; from mergekit_act.artifacts import load_profile; print(len([load_profile(p) for p in sys.argv[1:]]))"

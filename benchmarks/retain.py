@@ -74,9 +74,9 @@ def main(folder: Path, max_density: float) -> None:
     from mergekit_act.evaluation import collect_held_out, score_answers
     from mergekit_act.models import load_model
     from mergekit_act.planning import plan_merge
-    from mergekit_act.report import table
     from mergekit_act.selection import make_mask
     from mergekit_act.sweep import PatchedModel
+    from mergekit_act.wording import table
 
     os.chdir(folder)
     file = load_abilities("abilities.yml")

@@ -36,8 +36,8 @@ def main(model, folder, density, samples, tokens, device, rounds) -> None:
     from mergekit_act.models import load_model
     from mergekit_act.planning import plan_merge
     from mergekit_act.profiling import open_pair, profile_without_data
-    from mergekit_act.report import table
     from mergekit_act.sweep import PatchedModel
+    from mergekit_act.wording import table
 
     with tempfile.TemporaryDirectory() as temporary:
         target, ability = pair_in(Path(folder or temporary), model)

@@ -7,7 +7,17 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["LONGEST", "as_csv", "enumerate_some", "escape", "percent", "shorten", "show_bytes", "shown_density"]
+__all__ = [
+    "LONGEST",
+    "as_csv",
+    "enumerate_some",
+    "escape",
+    "percent",
+    "shorten",
+    "show_bytes",
+    "shown_density",
+    "table",
+]
 
 LONGEST = 2000  # characters of a message
 
@@ -101,3 +111,20 @@ def shown_density(density: float) -> str:
     '0.5 %'
     """
     return f"{100 * density:g} %"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text: the first to the left, the others to the right.
+
+    >>> print(table(["a", "b"], [["x", "10"], ["yyy", "2"]]))
+    a     b
+    x    10
+    yyy   2
+    """
+    header, rows = [escape(cell) for cell in header], [[escape(cell) for cell in row] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for first, *others in (header, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)

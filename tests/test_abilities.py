@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers, collect_samples, load_abilities
-from mergekit_act.abilities.rows import load_rows, select_rows
+from mergekit_act.data.rows import load_rows, select_rows
 
 
 @pytest.fixture(scope="module")

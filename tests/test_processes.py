@@ -15,7 +15,7 @@ from mergekit_act.profiling import ProfilingSettings, write_profiles
 DIES = """
 import os, sys
 from mergekit_act.cli import main
-from mergekit_act.profiling.segments import SegmentedModel
+from mergekit_act.streaming.segments import SegmentedModel
 original, seen = SegmentedModel.normalise, []
 def normalise(self, *arguments):
     seen.append(None)

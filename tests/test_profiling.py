@@ -21,8 +21,8 @@ from mergekit_act.artifacts import load_profile
 from mergekit_act.channels import layout_of_model
 from mergekit_act.cli import main
 from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair, profile_without_data
-from mergekit_act.profiling.loading import ModelWeights
-from mergekit_act.profiling.segments import SegmentedModel
+from mergekit_act.streaming.loading import ModelWeights
+from mergekit_act.streaming.segments import SegmentedModel
 
 ARCHITECTURES = [
     "qwen2", "qwen2-tied", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "phi3", "olmo2", "falcon",

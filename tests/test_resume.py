@@ -63,7 +63,7 @@ def test_killed_and_interrupted_runs_give_the_same_bytes(two_abilities, tmp_path
 
 def stop_after(monkeypatch, count: int, error: BaseException) -> None:
     """The run ends with an error in its micro-batch number ``count``."""
-    from mergekit_act.profiling.segments import SegmentedModel
+    from mergekit_act.streaming.segments import SegmentedModel
 
     original, seen = SegmentedModel.normalise, []
 
@@ -169,8 +169,8 @@ def test_a_run_that_was_ended_while_it_wrote_profiles_writes_them(two_abilities,
 @pytest.mark.parametrize("where", ["closing", "restoring"])
 def test_an_interruption_between_chunks_counts_none_twice(pair_of, tmp_path, monkeypatch, where):
     """After a chunk is added up, and a second one while a broken chunk is taken back."""
-    from mergekit_act.profiling.hidden import HiddenStates
     from mergekit_act.profiling.sums import DifferenceSums
+    from mergekit_act.streaming.hidden import HiddenStates
 
     pair = open_pair(*map(str, pair_of("qwen2")))
     abilities = [as_ability(random_samples(), "one")]

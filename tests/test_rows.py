@@ -14,8 +14,8 @@ import pytest
 from conftest import make_tokenizer
 
 from mergekit_act.abilities import AbilitiesFile, Ability, Tokenizers, collect_samples, load_abilities
-from mergekit_act.abilities.rows import fill_template, load_rows, select_rows
-from mergekit_act.abilities.table import render_as_written
+from mergekit_act.data.rows import fill_template, load_rows, select_rows
+from mergekit_act.data.table import render_as_written
 from mergekit_act.evaluation import collect_held_out
 
 

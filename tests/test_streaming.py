@@ -19,10 +19,10 @@ from test_profiling import ARCHITECTURES, as_ability, assert_close, random_sampl
 from mergekit_act.abilities.batches import cut_batches
 from mergekit_act.cli import main
 from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair, weights
-from mergekit_act.profiling.chunks import ChunkCutter
-from mergekit_act.profiling.hidden import HiddenStates
-from mergekit_act.profiling.memory import MemoryPlan, free_memory, parse_bytes, plan_memory
-from mergekit_act.profiling.segments import SegmentedModel
+from mergekit_act.streaming.chunks import ChunkCutter
+from mergekit_act.streaming.hidden import HiddenStates
+from mergekit_act.streaming.memory import MemoryPlan, free_memory, parse_bytes, plan_memory
+from mergekit_act.streaming.segments import SegmentedModel
 
 SETTINGS = {"device": "cpu", "dtype": "float32", "batch_tokens": 40, "quiet": True}
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_act.abilities.rows import fill_template
-from mergekit_act.abilities.schema import Ability
+from mergekit_act.data.rows import fill_template
+from mergekit_act.data.schema import Ability
 from mergekit_act.wording import enumerate_some
 
 __all__ = ["REASONING_KEYS", "Conversation", "Turn", "read_conversations"]

@@ -16,10 +16,10 @@ from torch import Tensor
 from mergekit_act.abilities.conversations import Conversation, read_conversations
 from mergekit_act.abilities.omissions import count_remarks, tell_omissions
 from mergekit_act.abilities.rendering import ChatRenderer, PlainRenderer, Rendering
-from mergekit_act.abilities.rows import load_rows, select_rows
-from mergekit_act.abilities.schema import AbilitiesFile
 from mergekit_act.abilities.templates import ChatTemplate, read_template
 from mergekit_act.abilities.tokenising import Tokenizers, tokenise
+from mergekit_act.data.rows import load_rows, select_rows
+from mergekit_act.data.schema import AbilitiesFile
 
 __all__ = ["AbilitySamples", "Sample", "Tokenizers", "collect_samples", "fingerprint_samples"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_act.abilities.conversations import Turn
-from mergekit_act.abilities.table import render_as_written
+from mergekit_act.data.table import render_as_written
 
 __all__ = ["FIXED_DATE", "ChatTemplate", "read_template"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from mergekit_act.abilities.schema import AbilitiesFile, Ability
 from mergekit_act.artifacts import Mask
 from mergekit_act.cards.masks import MaskFile, Source
+from mergekit_act.data.schema import AbilitiesFile, Ability
 from mergekit_act.versions import installed_versions
 from mergekit_act.wording import escape
 

@@ -19,7 +19,7 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: D102
         if isinstance(value, int):
             return value
-        from mergekit_act.profiling.memory import parse_bytes
+        from mergekit_act.streaming.memory import parse_bytes
 
         try:
             return parse_bytes(value)

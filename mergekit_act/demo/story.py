@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from mergekit_act.artifacts import load_mask
 from mergekit_act.demo.tasks import DOMAINS, LANGUAGES, Row, all_rows
 from mergekit_act.demo.training import build_model, build_tokenizer, exact_match, train
-from mergekit_act.report import can_draw, table
+from mergekit_act.wording import table
 
 __all__ = ["run_demo"]
 
@@ -144,7 +144,7 @@ def _run_commands(out_dir: Path, echo: Echo) -> None:
     evaluated = ["--abilities", "abilities.yml", "--dtype", "float32", "--json", "evaluation.json"]
     _run(out_dir, echo, [*act, "evaluate", *models, *evaluated])
     _run(out_dir, echo, [*act, "card", "./merged/act", "--evaluation", "evaluation.json"], show_output=False)
-    if can_draw():
+    if find_spec("matplotlib") is not None:
         all_profiles = [f"profiles/{name}.safetensors" for name in (*RECOVERED, *RETAINED, "weight")]
         _run(out_dir, echo, [*act, "report", *all_profiles, "-o", "report", "--density", str(DENSITY)])
     else:
@@ -200,7 +200,7 @@ def _results(out_dir: Path, tokenizer: Any, rows: Sequence[Row]) -> str:
 def _profiled_questions(out_dir: Path) -> set[tuple[str, str]]:
     """(language, prompt) of every row that went into a profile."""
     from mergekit_act.abilities import load_abilities
-    from mergekit_act.abilities.rows import load_rows, select_rows
+    from mergekit_act.data.rows import load_rows, select_rows
 
     file = load_abilities(out_dir / "abilities.yml")
     seen = set()

@@ -22,12 +22,12 @@ from torch.nn import functional
 
 from mergekit_act.abilities.batches import MicroBatch
 from mergekit_act.channels import Layout
-from mergekit_act.profiling.experts import ExpertOutput
-from mergekit_act.profiling.hidden import HiddenStates
-from mergekit_act.profiling.outputs import KeptOutput, OutputForms
-from mergekit_act.profiling.segments import Carried, Observer
 from mergekit_act.profiling.sums import DifferenceSums
-from mergekit_act.profiling.weights import HeadSlice, PairWeights, synchronize
+from mergekit_act.streaming.experts import ExpertOutput
+from mergekit_act.streaming.hidden import HiddenStates
+from mergekit_act.streaming.outputs import KeptOutput, OutputForms
+from mergekit_act.streaming.segments import Carried, Observer
+from mergekit_act.streaming.weights import HeadSlice, PairWeights, synchronize
 
 __all__ = ["Engine", "Work", "activation_bytes"]
 

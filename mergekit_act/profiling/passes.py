@@ -12,17 +12,17 @@ import torch
 from tqdm import tqdm
 
 from mergekit_act.abilities.batches import MicroBatch
-from mergekit_act.profiling.chunks import ChunkCutter
 from mergekit_act.profiling.engine import Engine, Work, activation_bytes
-from mergekit_act.profiling.hidden import HiddenStates, Place
-from mergekit_act.profiling.loading import ModelWeights
-from mergekit_act.profiling.memory import MemoryPlan, free_memory, plan_memory
 from mergekit_act.profiling.pair import ModelPair
-from mergekit_act.profiling.segments import SegmentedModel
 from mergekit_act.profiling.settings import ProfilingSettings
 from mergekit_act.profiling.sums import DifferenceSums, restore, scratch_bytes, store
-from mergekit_act.profiling.weights import PairWeights
 from mergekit_act.runs.state import StateFile
+from mergekit_act.streaming.chunks import ChunkCutter
+from mergekit_act.streaming.hidden import HiddenStates, Place
+from mergekit_act.streaming.loading import ModelWeights
+from mergekit_act.streaming.memory import MemoryPlan, free_memory, plan_memory
+from mergekit_act.streaming.segments import SegmentedModel
+from mergekit_act.streaming.weights import PairWeights
 from mergekit_act.wording import show_bytes
 
 __all__ = ["Pass"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mergekit_act.channels import Layout
-from mergekit_act.profiling.experts import ExpertOutput
 from mergekit_act.runs.processes import Processes
 from mergekit_act.runs.state import StateFile
+from mergekit_act.streaming.experts import ExpertOutput
 
 __all__ = ["DifferenceSums", "restore", "scratch_bytes", "store"]
 

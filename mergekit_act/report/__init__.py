@@ -6,7 +6,6 @@ from mergekit_act.report.curves import check_drawing, draw_losses, draw_sweep
 from mergekit_act.report.essentials import list_essentials
 from mergekit_act.report.evaluations import list_evaluation, list_sweep
 from mergekit_act.report.listings import list_channels, list_check, list_expert_tokens, list_mask
-from mergekit_act.report.tables import table
 
 __all__ = [
     "can_draw",
@@ -21,5 +20,4 @@ __all__ = [
     "list_expert_tokens",
     "list_mask",
     "list_sweep",
-    "table",
 ]

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mergekit_act.report.tables import table
+from mergekit_act.wording import table
 
 if TYPE_CHECKING:
     from mergekit_act.evaluation import Evaluated, Measure

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from mergekit_act.artifacts import Mask, Profile
 from mergekit_act.channels import Layout, kind_pattern
-from mergekit_act.report.tables import table
 from mergekit_act.selection import selected_parameters
-from mergekit_act.wording import percent, show_bytes
+from mergekit_act.wording import percent, show_bytes, table
 
 if TYPE_CHECKING:
     from mergekit_act.checking.summary import CheckSummary

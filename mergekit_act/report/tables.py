@@ -1,4 +1,4 @@
-"""Tables: for people on a page, as csv for programs, as text for the terminal."""
+"""Tables: for people on a page, as csv for programs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mergekit_act.wording import escape
-
-__all__ = ["Cell", "Row", "Table", "table"]
+__all__ = ["Cell", "Row", "Table"]
 
 
 @dataclass(frozen=True)
@@ -42,20 +40,3 @@ class Table:
     rows: Sequence[Row]
     csv_header: Sequence[str]
     csv_rows: Sequence[Sequence[object]]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text: the first to the left, the others to the right.
-
-    >>> print(table(["a", "b"], [["x", "10"], ["yyy", "2"]]))
-    a     b
-    x    10
-    yyy   2
-    """
-    header, rows = [escape(cell) for cell in header], [[escape(cell) for cell in row] for row in rows]
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for first, *others in (header, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)

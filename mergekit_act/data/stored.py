@@ -11,9 +11,9 @@ from typing import Any
 
 import datasets
 
-from mergekit_act.abilities.schema import Ability
-from mergekit_act.abilities.table import ReadRows, Rows, Written
-from mergekit_act.abilities.text_files import TEXT_READERS, read_json_value
+from mergekit_act.data.schema import Ability
+from mergekit_act.data.table import ReadRows, Rows, Written
+from mergekit_act.data.text_files import TEXT_READERS, read_json_value
 
 __all__ = ["StoredRows", "load_folder", "load_hub", "read_parquet", "take_split"]
 

@@ -11,11 +11,11 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from mergekit_act.abilities.filling import column_values, fill_template
-from mergekit_act.abilities.schema import Ability
-from mergekit_act.abilities.stored import load_folder, load_hub, read_parquet, take_split
-from mergekit_act.abilities.table import Rows, value_text
-from mergekit_act.abilities.text_files import TEXT_READERS
+from mergekit_act.data.filling import column_values, fill_template
+from mergekit_act.data.schema import Ability
+from mergekit_act.data.stored import load_folder, load_hub, read_parquet, take_split
+from mergekit_act.data.table import Rows, value_text
+from mergekit_act.data.text_files import TEXT_READERS
 from mergekit_act.wording import enumerate_some
 
 __all__ = ["fill_template", "load_rows", "select_rows"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_act.checkpoints import Checkpoint
-from mergekit_act.profiling.segments import SegmentedModel
+from mergekit_act.streaming.segments import SegmentedModel
 
 __all__ = ["Copier", "ModelWeights", "Stored"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_act.channels import is_expert_weight, is_fused_experts, is_router, kind_pattern
-from mergekit_act.profiling.experts import can_observe_experts, observed_forward, router_logits
+from mergekit_act.streaming.experts import can_observe_experts, observed_forward, router_logits
 
 __all__ = ["Carried", "Observer", "SegmentedModel"]
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mergekit_act.abilities.table import ReadRows, Written
+from mergekit_act.data.table import ReadRows, Written
 from mergekit_act.wording import enumerate_some
 
 __all__ = ["TEXT_READERS", "read_json_value"]

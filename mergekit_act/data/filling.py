@@ -7,8 +7,8 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from mergekit_act.abilities.schema import Ability
-from mergekit_act.abilities.table import Rows, value_text
+from mergekit_act.data.schema import Ability
+from mergekit_act.data.table import Rows, value_text
 from mergekit_act.wording import enumerate_some
 
 __all__ = ["column_values", "fill_template", "require_column"]

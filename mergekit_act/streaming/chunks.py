@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mergekit_act.abilities.batches import MicroBatch
-from mergekit_act.profiling.hidden import Place
-from mergekit_act.profiling.memory import host_memory
+from mergekit_act.streaming.hidden import Place
+from mergekit_act.streaming.memory import host_memory
 
 __all__ = ["ChunkCutter"]
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_act.profiling.loading import ModelWeights, Stored
-from mergekit_act.profiling.memory import MemoryPlan
-from mergekit_act.profiling.segments import replaced_forward
+from mergekit_act.streaming.loading import ModelWeights, Stored
+from mergekit_act.streaming.memory import MemoryPlan
+from mergekit_act.streaming.segments import replaced_forward
 
 __all__ = ["HeadSlice", "PairWeights", "Piece", "synchronize"]
 

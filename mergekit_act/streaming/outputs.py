@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mergekit_act.abilities.batches import MicroBatch
 from mergekit_act.channels import Layout, kind_pattern
-from mergekit_act.profiling.experts import ExpertOutput
-from mergekit_act.profiling.segments import Observer
+from mergekit_act.streaming.experts import ExpertOutput
+from mergekit_act.streaming.segments import Observer
 
 __all__ = ["KeptOutput", "OutputForms"]
 

@@ -1,0 +1,1 @@
+"""The abilities file, and the rows of the data sets that it names."""
