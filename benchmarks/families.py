@@ -29,9 +29,9 @@ import yaml
 from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from conftest import SIZES, make_tokenizer
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from oracle import plain_merge
+from tiny import SIZES, make_tokenizer
 
 from mergekit_act.artifacts import load_mask
 from mergekit_act.channels import kind_pattern

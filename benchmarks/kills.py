@@ -20,7 +20,7 @@ import click
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from conftest import make_model, tiny_config
+from tiny import make_model, tiny_config
 
 NAMES = ("one.safetensors", "two.safetensors")
 

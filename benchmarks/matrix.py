@@ -21,9 +21,9 @@ import torch
 from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from conftest import make_model, tiny_config
 from oracle import plain_experts, plain_profile
-from test_profiling import ARCHITECTURES, as_ability, random_samples
+from samples import ARCHITECTURES, as_ability, random_samples
+from tiny import make_model, tiny_config
 
 from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair
 from mergekit_act.runs.processes import join_processes

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mergekit_act.artifacts import Mask, Profile, load_profile, save_mask
@@ -21,10 +22,10 @@ from mergekit_act.wording import shown_density
 
 __all__ = [
     "Retention",
+    "common_counts",
     "describe_selection",
     "excluded_modules",
     "make_mask",
-    "overlap",
     "rank_channels",
     "select_channels",
     "selected_count",
@@ -102,48 +103,37 @@ def select_channels(
     """
     fraction = validate_density(density)
     excluded = excluded_modules(profile.layout, exclude)
-    modules = [module for module in profile.layout.modules if module not in excluded]
-    if not modules:
+    sizes = [profile.scores[module].numel() for module in profile.layout.modules]
+    pairs = list(zip(profile.layout.modules, sizes, strict=True))
+    taking_part = sum(size for module, size in pairs if module not in excluded)
+    if not taking_part:
         raise ValueError(f"no module is left after excluding {', '.join(exclude)}")
-    scores = _flat(profile, modules)
-    sizes = [profile.scores[module].numel() for module in modules]
-    k = max(1, math.floor(fraction * scores.numel()))
-
-    eligible = torch.ones_like(scores, dtype=torch.bool)
-    for module, part in zip(modules, torch.split(eligible, sizes), strict=True):
-        part[profile.shared_rows.get(module, part.numel()) :] = False
-    if retain is not None:
-        scores = _spared(profile, scores, eligible, modules, exclude, retain)
-        if retain.density is not None and int(eligible.sum()) < k:
-            raise ValueError(
-                f"only {int(eligible.sum()):,} channels are left beside those of the abilities to retain; the density "
-                f"asks for {k:,}. Lower --density or --retain-density"
-            )
-    ranked = torch.where(eligible, scores, -math.inf)
-    threshold = torch.topk(ranked, k).values[-1]
-    above = ranked > threshold
-    level = torch.nonzero((ranked == threshold) & eligible).flatten()[: k - int(above.sum())]
-    above[level] = True
-
-    parts = zip(modules, torch.split(above, sizes), strict=True)
+    k = max(1, math.floor(fraction * taking_part))
+    ranks = rank_channels(profile, exclude=exclude, retain=retain)
+    left = int((ranks < len(ranks)).sum())
+    if retain is not None and retain.density is not None and left < k:
+        raise ValueError(
+            f"only {left:,} channels are left beside those of the abilities to retain; the density asks for {k:,}. "
+            "Lower --density or --retain-density"
+        )
+    parts = zip(profile.layout.modules, torch.split(ranks < k, sizes), strict=True)
     return {module: part.reshape(profile.scores[module].shape).clone() for module, part in parts if part.any()}
 
 
-def rank_channels(profile: Profile, *, exclude: Sequence[str] = ()) -> Tensor:
-    """The place of every channel in the ranking by which ``select_channels`` selects.
-
-    Channels of rank below k are the top k. It costs one sort, and so serves many densities.
+def rank_channels(profile: Profile, *, exclude: Sequence[str] = (), retain: Retention | None = None) -> Tensor:
+    """The place of every channel in a profile's ranking; channels of rank below k are the top k.
 
     Args:
         profile: the scores.
         exclude: globs of modules that take no part.
+        retain: abilities to spare.
 
     Returns:
         int64 ``[channels]``, all modules one behind the other in the layout's order, from 0. Channels that are never
         selected have the number of channels, which no density reaches.
 
     Raises:
-        ValueError: a glob matches no module.
+        ValueError: a glob matches no module, or a profile to retain is of another model.
     """
     modules = profile.layout.modules
     excluded = excluded_modules(profile.layout, exclude)
@@ -151,9 +141,12 @@ def rank_channels(profile: Profile, *, exclude: Sequence[str] = ()) -> Tensor:
     eligible = torch.ones_like(scores, dtype=torch.bool)
     for module, part in zip(modules, torch.split(eligible, [profile.scores[m].numel() for m in modules]), strict=True):
         part[0 if module in excluded else profile.shared_rows.get(module, part.numel()) :] = False
-    # Bits of floats that are not negative sort as the floats do; the place behind them settles ties.
+    if retain is not None:
+        scores = _spared(profile, scores, eligible, exclude, retain)
+    # The bits of floats sort as the floats do, those of negative ones the other way round; the place settles ties.
     bits = (scores + 0.0).view(torch.int32).numpy().astype(np.int64)
-    order = np.sort(((0x7FFFFFFF - bits) << 32) | np.arange(len(bits))) & 0xFFFFFFFF
+    descending = -np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    order = np.sort((descending << 32) | np.arange(len(bits))) & 0xFFFFFFFF
     order = order[eligible.numpy()[order]]
     ranks = np.full(len(bits), len(bits))
     ranks[order] = np.arange(len(order))
@@ -166,12 +159,7 @@ def _flat(profile: Profile, modules: Sequence[str]) -> Tensor:
 
 
 def _spared(
-    profile: Profile,
-    scores: Tensor,
-    eligible: Tensor,
-    modules: Sequence[str],
-    exclude: Sequence[str],
-    retain: Retention,
+    profile: Profile, scores: Tensor, eligible: Tensor, exclude: Sequence[str], retain: Retention
 ) -> Tensor:
     """What channels are ranked by; those that may not be selected are struck from ``eligible``."""
     for other in retain.profiles:
@@ -179,16 +167,17 @@ def _spared(
     if retain.density is not None:
         for other in retain.profiles:
             theirs = select_channels(other, retain.density, exclude=exclude)
-            nothing = {module: torch.zeros_like(other.scores[module], dtype=torch.bool) for module in modules}
-            eligible &= ~torch.cat([(nothing | theirs)[module].flatten() for module in modules])
+            nothing = {module: torch.zeros_like(part, dtype=torch.bool) for module, part in other.scores.items()}
+            eligible &= ~torch.cat([(nothing | theirs)[module].flatten() for module in profile.layout.modules])
     if retain.ranking == "score":
         return scores
-    retained = torch.stack([_flat(other, modules) for other in retain.profiles])
+    retained = torch.stack([_flat(other, profile.layout.modules) for other in retain.profiles])
     if retain.ranking == "difference":
         return scores - retain.strength * retained.amax(0)
-    positive = retained[retained > 0]
-    floor = positive.median() if len(positive) else 1.0
-    return scores / (retained.amax(0) + floor)
+    excluded = excluded_modules(profile.layout, exclude)
+    counted = torch.cat([_flat(o, [m for m in o.layout.modules if m not in excluded]) for o in retain.profiles])
+    positive = counted[counted > 0]
+    return scores / (retained.amax(0) + (positive.median() if len(positive) else 1.0))
 
 
 def _check_same_pair(profile: Profile, retained: Profile) -> None:
@@ -240,10 +229,17 @@ def unite(selections: Iterable[Selection]) -> dict[str, Tensor]:
     return union
 
 
-def overlap(first: Selection, second: Selection) -> float:
-    """|first ∩ second| / |first|: the share of the first one's channels that are in the second as well."""
-    common = sum(int((first[module] & second[module]).sum()) for module in first.keys() & second.keys())
-    return common / selected_count(first)
+def common_counts(selected: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """How many channels selections share; over its own number that is the overlap of one with another, |A ∩ B| / |A|.
+
+    Args:
+        selected: ``[selections, channels]``.
+
+    Returns:
+        ``[selections, selections]``.
+    """
+    rows = selected[:, selected.any(0)].astype(np.float32)  # exact below 2 ** 24 common channels
+    return np.rint(rows.astype(np.float64) @ rows.T if rows.shape[1] >= 1 << 24 else rows @ rows.T).astype(np.int64)
 
 
 def selected_count(selection: Selection) -> int:

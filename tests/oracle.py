@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 import transformers
 
-from mergekit_act.artifacts import Mask
+from mergekit_act.artifacts import Mask, Profile
+from mergekit_act.channels import Layout
 
 
 def plain_profile(
@@ -138,3 +141,26 @@ def plain_merge(
             touched |= cells
         merged[name] = torch.where(touched, (base.float() + change).to(base.dtype), base)
     return merged
+
+
+def plain_top(profile: Profile, density: float) -> set[tuple[str, int]]:
+    """The top channels of a profile: (module, place in it), by Python's sort over all of them; for distinct scores."""
+    cells = [(s, m, place) for m, scores in profile.scores.items() for place, s in enumerate(scores.flatten().tolist())]
+    k = max(1, len(cells) * Fraction(str(density)) // 1)
+    return {(module, place) for _, module, place in sorted(cells, reverse=True)[:k]}
+
+
+def plain_parameters(channels: set[tuple[str, int]], layout: Layout) -> int:
+    """How many numbers channels own, cell by cell; a cell of a tied matrix counts once."""
+    cells: set[tuple[str, int]] = set()
+    for name, shape in (layout.shapes or {}).items():
+        numbers = torch.arange(math.prod(shape)).reshape(shape)
+        matrix = min(layout.tied_names(name))
+        for module, owned in layout.parameters.items():
+            places = [place for its, place in channels if its == module]
+            for other, axis in owned:
+                if other == name and places:
+                    front = numbers.movedim((0, axis), (0, 1)) if len(layout.channel_shape(module)) == 2 else None
+                    rows = numbers.movedim(axis, 0) if front is None else front.flatten(0, 1)
+                    cells |= {(matrix, cell) for cell in rows[places].flatten().tolist()}
+    return len(cells)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import make_tokenizer
 from tokenizers import processors
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers, collect_samples, load_abilities

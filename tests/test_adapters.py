@@ -12,7 +12,7 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from test_merging import act_config, assert_merged, merged, random_mask, refusal, state_of
+from merges import act_config, assert_merged, merged, random_mask, refusal, state_of
 
 from mergekit_act.artifacts import save_mask
 from mergekit_act.checkpoints import merged_model, open_checkpoint, parse_reference, read_config

@@ -14,41 +14,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny import LAYOUT, profile
 
 from mergekit_act.artifacts import (
     ArtifactError,
     Mask,
-    Profile,
     load_artifact,
     load_mask,
     load_profile,
     save_mask,
     save_profile,
 )
-from mergekit_act.channels import Layout
 from mergekit_act.selection import make_mask
-
-LAYOUT = Layout(
-    parameters={"b.linear": (("b.linear.weight", 0), ("b.linear.bias", 0)), "a.norm": (("a.norm.weight", 0),)},
-    tied=(),
-    shapes={"b.linear.weight": (4, 3), "b.linear.bias": (4,), "a.norm.weight": (3,)},
-)
-
-
-def profile(**changes) -> Profile:
-    values = {
-        "scores": {"b.linear": torch.tensor([4.0, 3.0, 2.0, 1.0]), "a.norm": torch.tensor([0.5, 0.0, 2.5])},
-        "layout": LAYOUT,
-        "criterion": "activation",
-        "ability": "science-en",
-        "target": {"model": "t", "revision": None, "fingerprint": "00"},
-        "ability_model": {"model": "a", "revision": None, "fingerprint": "11"},
-        "samples": 3,
-        "answer_tokens": 17,
-        "dtype": "bfloat16",
-        "data": {"seed": 0},
-    }
-    return Profile(**values | changes)
 
 
 def mask() -> Mask:

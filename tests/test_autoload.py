@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import make_model, tiny_config
-from test_merging import act_config, assert_merged, random_mask, state_of
+from merges import act_config, assert_merged, random_mask, state_of
+from tiny import make_model, tiny_config
 
 from mergekit_act import autoload
 from mergekit_act.cli import main

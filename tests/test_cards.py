@@ -15,12 +15,12 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import make_model, tiny_config
+from hub import run_there
 from huggingface_hub import ModelCard
 from mergekit.scripts.run_yaml import main as mergekit_yaml
+from merges import state_of
 from safetensors.torch import save_file
-from test_hub import run_there
-from test_merging import state_of
+from tiny import make_model, tiny_config
 
 from mergekit_act.artifacts import Mask, Profile, load_mask, load_profile, save_mask, save_profile
 from mergekit_act.cards.files import write_folder_card

@@ -13,26 +13,17 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from conftest import SIZES, VOCABULARY, make_model, make_tokenizer, tiny_config
 from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from mergekit.scripts.multimerge import main as mergekit_multi
+from merges import act_config, assert_merged, copy_with, merged, random_mask, refusal, state_of
 from oracle import plain_merge
 from safetensors.torch import save_file
-from test_merging import act_config, assert_merged, merged, random_mask, refusal, state_of
+from tiny import VOCABULARY, make_model, make_tokenizer, make_vision_language_model, tiny_config
 
 from mergekit_act.cli import main
 from mergekit_act.merging import TensorSelection
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def copy_with(folder: Path, to: Path, **changes: torch.Tensor | None) -> Path:
-    """A copy of a checkpoint with tensors added, replaced or (None) removed."""
-    shutil.copytree(folder, to)
-    state = {**state_of(folder), **{name.replace("__", "."): tensor for name, tensor in changes.items()}}
-    kept = {name: tensor.contiguous() for name, tensor in state.items() if tensor is not None}
-    save_file(kept, to / "model.safetensors", metadata={"format": "pt"})
-    return to
 
 
 # Tied heads
@@ -215,35 +206,6 @@ def test_a_layer_that_is_left_out_needs_a_mask_without_it(pair_of, tmp_path):
     (tmp_path / "m.safetensors").unlink()
     random_mask(target, ability, tmp_path / "m.safetensors", exclude=["model.layers.0.*"])
     assert merged(config, tmp_path / "out")
-
-
-def vision_language_config(*, tied: bool = False) -> transformers.Qwen2_5_VLConfig:
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    text = SIZES | {"rope_parameters": rope}
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 4,
-        "out_hidden_size": 32,
-        "patch_size": 4,
-        "spatial_merge_size": 2,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-    }
-    ids = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
-    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
-
-
-def make_vision_language_model(folder: Path, *, seed: int, tied: bool = False) -> Path:
-    torch.manual_seed(seed)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(vision_language_config(tied=tied))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers
 from click.testing import CliRunner
-from conftest import tiny_config
+from tiny import tiny_config
 
 from mergekit_act.channels import channel_layout, kind_pattern
 from mergekit_act.cli import main

@@ -13,25 +13,12 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from conftest import make_model, tiny_config
+from hub import run_there
+from merges import act_config, check, copy_with, merged, random_mask, state_of, summary
 from safetensors.torch import save_file
-from test_cases import copy_with
-from test_hub import run_there
-from test_merging import act_config, merged, random_mask, state_of
+from tiny import make_model, tiny_config
 
 from mergekit_act.cli import main
-
-
-def check(config, folder: Path, *options: str):
-    path = folder / "check.yml"
-    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
-    return CliRunner().invoke(main, ["check", str(path), *options])
-
-
-def summary(config, folder: Path, *options: str) -> dict:
-    result = check(config, folder, "--json", *options)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen2-tied", "gpt2", "qwen3_moe"])

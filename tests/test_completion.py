@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import SIZES, make_model, tiny_config
+from merges import act_config, assert_merged, merged, random_mask, refusal, state_of, summary
 from oracle import plain_merge
 from safetensors.torch import save_file
-from test_check import summary
-from test_merging import act_config, assert_merged, merged, random_mask, refusal, state_of
+from tiny import SIZES, make_model, tiny_config
 
 from mergekit_act.artifacts import Mask, save_mask
 from mergekit_act.channels import channel_layout

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import make_tokenizer, tiny_config
+from tiny import make_tokenizer, tiny_config
 from tokenizers import AddedToken
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers, collect_samples, load_abilities

@@ -11,14 +11,13 @@ import pytest
 import transformers
 import yaml
 from click.testing import CliRunner
-from conftest import make_model, tiny_config
+from hub import run_there
 from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from mergekit.scripts.multimerge import main as mergekit_multi
 from mergekit.scripts.run_yaml import main as mergekit_yaml
+from merges import random_mask, state_of
 from oracle import plain_merge
-from test_cases import make_vision_language_model
-from test_hub import run_there
-from test_merging import random_mask, state_of
+from tiny import make_model, make_vision_language_model, tiny_config
 
 from mergekit_act.abilities import load_abilities
 from mergekit_act.artifacts import load_mask, save_profile

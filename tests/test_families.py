@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import SIZES, make_model, make_tokenizer
+from merges import act_config, assert_merged, merged, random_mask, refusal, state_of
 from oracle import plain_profile
-from test_merging import act_config, assert_merged, merged, random_mask, refusal, state_of
-from test_profiling import as_ability, assert_close, random_samples
+from samples import as_ability, assert_close, random_samples
+from tiny import SIZES, make_model, make_tokenizer
 
 from mergekit_act.checkpoints import open_checkpoint
 from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import get, merge_state_dicts, registered_methods
 from mergekit.merge_methods.base import BasePolicy, PerInputValues, TensorEntry, TensorGroup
 from mergekit.merge_methods.easy_define import merge_method
-from test_merging import act_config, merged, random_mask, refusal, state_of
+from merges import act_config, merged, random_mask, refusal, state_of
 
 from mergekit_act.merging import TensorSelection, is_ours, register_methods
 

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import yaml
-from conftest import make_model, tiny_config
-from hub import COMMIT, serve_hub
-from test_merging import act_config, assert_merged, random_mask, state_of
+from hub import COMMIT, run_there
+from merges import act_config, assert_merged, random_mask, state_of
+from tiny import make_model, tiny_config
 
 from mergekit_act.artifacts import Mask, load_profile
 from mergekit_act.selection import select_channels, unite
-
-
-def run_there(tmp_path, *command, **more):
-    """Run a command with its own client's cache against a server of tmp_path / "hub"."""
-    with serve_hub(tmp_path / "hub") as (endpoint, asked):
-        environment = os.environ | {
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment | more, capture_output=True, text=True, check=False
-        )
-    return done, asked
 
 
 def test_a_pair_is_profiled_from_hub_ids_with_a_revision(sums_file, tmp_path):

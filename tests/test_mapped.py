@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from merges import act_config, merged, random_mask, state_of
 from safetensors.torch import save_file
-from test_merging import act_config, merged, random_mask, state_of
 
 from mergekit_act.checkpoints import read_headers
 from mergekit_act.merging import TensorSelection, transfer

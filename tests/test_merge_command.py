@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_merging import act_config, random_mask
+from merges import act_config, random_mask
 
 
 def merge(config: dict, folder: Path, *options: str, blocks: int) -> subprocess.CompletedProcess[str]:

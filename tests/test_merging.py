@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +11,14 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from conftest import make_model, make_tokenizer, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
-from mergekit.scripts.run_yaml import main as mergekit_yaml
+from merges import act_config, assert_merged, merged, random_mask, refusal, run_merge, state_of
 from oracle import plain_merge
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tiny import make_model, make_tokenizer, tiny_config
 
 from mergekit_act.artifacts import Mask, load_mask, load_profile, save_mask, save_profile
 from mergekit_act.channels import channel_layout
@@ -28,64 +27,6 @@ from mergekit_act.profiling import open_pair, profile_without_data
 from mergekit_act.selection import make_mask, select_channels, unite
 
 ARCHITECTURES = ["qwen2", "qwen2-tied", "llama", "gemma2", "qwen3", "gpt2"]
-
-
-def run_merge(config: dict[str, Any], out: Path, *options: str):
-    path = out.with_suffix(".yml")
-    path.write_text(yaml.safe_dump(config))
-    return CliRunner().invoke(mergekit_yaml, [str(path), str(out), "--quiet", *options])
-
-
-def merged(config: dict[str, Any], out: Path, *options: str) -> dict[str, torch.Tensor]:
-    result = run_merge(config, out, *options)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return state_of(out)
-
-
-def state_of(folder: Path) -> dict[str, torch.Tensor]:
-    state = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        state |= load_file(file)
-    return state
-
-
-def refusal(config: dict[str, Any], out: Path, *options: str) -> str:
-    result = run_merge(config, out, *options)
-    assert result.exit_code == 1
-    assert not out.exists() or not list(out.glob("*.safetensors"))
-    assert result.output.startswith("Error: "), (result.output, result.exception)
-    return result.output
-
-
-def act_config(target: Path, *models: tuple[Path, dict[str, Any]], **top: Any) -> dict[str, Any]:
-    return {
-        "merge_method": "act",
-        "base_model": str(target),
-        "models": [{"model": str(model), "parameters": parameters} for model, parameters in models],
-        **top,
-    }
-
-
-def random_mask(
-    target: Path, ability: Path, path: Path, *, density: float = 0.3, seed: int = 0, **options: Any
-) -> Mask:
-    """A mask of random channels; every kind of module is in it."""
-    profile = profile_without_data(open_pair(str(target), str(ability)), "random", random_seed=seed)
-    save_mask(make_mask([profile], density, **options), path)
-    return load_mask(path)
-
-
-def assert_merged(result, target, others, *, tied: bool) -> None:
-    """Bit for bit outside the masks, to the last rounding inside."""
-    expected = plain_merge(target, others, tied=tied)
-    assert set(result) == set(target)
-    for name, tensor in expected.items():
-        assert result[name].dtype == tensor.dtype
-        changed = tensor != target[name]
-        assert torch.equal(result[name][~changed].view(torch.uint8), target[name][~changed].view(torch.uint8)), name
-        torch.testing.assert_close(
-            result[name], tensor, rtol=3e-7 if tensor.dtype == torch.float32 else 1e-2, atol=1e-8
-        )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

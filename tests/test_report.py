@@ -6,6 +6,7 @@ import csv
 import os
 import re
 import shlex
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import tiny_config
+from oracle import plain_parameters, plain_top
+from tiny import tiny_config
 
 from mergekit_act.artifacts import Mask, Profile, save_mask, save_profile
 from mergekit_act.channels import Layout, channel_layout
@@ -23,7 +25,7 @@ from mergekit_act.report import draw_losses
 from mergekit_act.report.comparison import DENSITIES, load_comparison
 from mergekit_act.report.groups import Groups
 from mergekit_act.report.listings import head_module
-from mergekit_act.selection import make_mask, overlap, select_channels, selected_count, selected_parameters, unite
+from mergekit_act.selection import make_mask
 
 ABILITIES = ("math-en", "math-ar", "science-en", "science-ar")
 DENSITY = 0.05
@@ -70,9 +72,9 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_overlaps_are_those_of_the_selection_functions(made):
+def test_overlaps_are_counted_plainly(made):
     out, first, _ = made
-    selections = {name: select_channels(first[name], DENSITY) for name in ABILITIES}
+    selections = {name: plain_top(first[name], DENSITY) for name in ABILITIES}
     total = first["math-en"].layout.channel_count()
     rows = rows_of(out / "overlap-1.csv")
     assert [row["ability"] for row in rows] == [*ABILITIES, "random"]
@@ -80,9 +82,9 @@ def test_overlaps_are_those_of_the_selection_functions(made):
         name = row["ability"]
         chosen = selections[name]
         for other in ABILITIES:
-            share = overlap(chosen, selections[other])
-            assert float(row[other]) == pytest.approx(share)
-            assert int(row[f"{other} channels"]) == round(share * selected_count(chosen))
+            common = len(chosen & selections[other])
+            assert float(row[other]) == pytest.approx(common / len(chosen))
+            assert int(row[f"{other} channels"]) == common
         domain, language = name.split("-")
         groups = {
             "union of the others": [other for other in ABILITIES if other != name],
@@ -90,10 +92,10 @@ def test_overlaps_are_those_of_the_selection_functions(made):
             "union, other beginning": [other for other in ABILITIES if not other.startswith(domain)],
         }
         for column, members in groups.items():
-            union = unite(selections[other] for other in members)
-            assert float(row[column]) == pytest.approx(overlap(chosen, union))
-            assert float(row[f"{column} random"]) == pytest.approx(selected_count(union) / total)
-    assert float(rows[-1]["math-ar"]) == pytest.approx(selected_count(selections["math-ar"]) / total)
+            union = set().union(*(selections[other] for other in members))
+            assert float(row[column]) == pytest.approx(len(chosen & union) / len(chosen))
+            assert float(row[f"{column} random"]) == pytest.approx(len(union) / total)
+    assert float(rows[-1]["math-ar"]) == pytest.approx(len(selections["math-ar"]) / total)
 
 
 def test_densities_move_what_masks_would(made):
@@ -103,46 +105,46 @@ def test_densities_move_what_masks_would(made):
     assert {density for _, density in rows} == set(DENSITIES)
     assert (DENSITIES[0], DENSITIES[-1]) == (0.001, 0.9)
     for density in DENSITIES:
-        of = {name: select_channels(first[name], density) for name in ABILITIES}
-        of["union of all"] = unite(of.values())
+        of = {name: plain_top(first[name], density) for name in ABILITIES}
+        of["union of all"] = set().union(*of.values())
         for name, selection in of.items():
             row = rows[name, density]
-            assert int(row["channels"]) == selected_count(selection)
-            assert int(row["parameters"]) == selected_parameters(selection, layout)
+            assert int(row["channels"]) == len(selection)
+            assert int(row["parameters"]) == plain_parameters(selection, layout)
             assert float(row["of_parameters"]) == pytest.approx(int(row["parameters"]) / layout.parameter_count())
 
 
 def test_composition_is_that_of_the_mask(made):
     out, first, _ = made
-    mask = make_mask([first[name] for name in ABILITIES], DENSITY)
+    layout = first["math-en"].layout
+    union = set().union(*(plain_top(first[name], DENSITY) for name in ABILITIES))
     rows = rows_of(out / "composition-1.csv")
     total = rows.pop()
-    assert int(total["channels"]) == mask.counts["channels"] == sum(int(row["channels"]) for row in rows)
-    assert int(total["parameters"]) == mask.counts["parameters"]
-    down = [module for module in mask.channels if module.endswith("down_proj")]
+    assert int(total["channels"]) == len(union) == sum(int(row["channels"]) for row in rows)
+    assert int(total["parameters"]) == plain_parameters(union, layout)
+    down = {channel for channel in union if channel[0].endswith("down_proj")}
     (row,) = (row for row in rows if row["kind"].endswith("down_proj"))
-    assert int(row["channels"]) == sum(int(mask.channels[module].sum()) for module in down)
-    assert int(row["parameters"]) == selected_parameters(mask.channels, mask.layout, down)
+    assert int(row["channels"]) == len(down)
+    assert int(row["parameters"]) == plain_parameters(down, layout)
     modules = [row for row in rows_of(out / "composition-modules-1.csv") if row["mask"] == "science-ar"]
-    chosen = select_channels(first["science-ar"], DENSITY)
-    assert {row["module"]: int(row["selected"]) for row in modules} == {
-        module: int(chosen[module].sum()) if module in chosen else 0 for module in mask.layout.modules
-    }
+    chosen = Counter(module for module, _ in plain_top(first["science-ar"], DENSITY))
+    assert {row["module"]: int(row["selected"]) for row in modules} == {m: chosen[m] for m in layout.modules}
 
 
 def test_weights_and_consistency(made):
     out, first, second = made
-    by_weight = select_channels(first["weight"], DENSITY)
+    by_weight = plain_top(first["weight"], DENSITY)
     rows = {row["ability"]: row for row in rows_of(out / "controls-1.csv")}
     for name in ABILITIES:
-        assert float(rows[name]["weight"]) == pytest.approx(overlap(select_channels(first[name], DENSITY), by_weight))
+        chosen = plain_top(first[name], DENSITY)
+        assert float(rows[name]["weight"]) == pytest.approx(len(chosen & by_weight) / len(chosen))
     layout = first["weight"].layout
-    assert float(rows["random"]["weight"]) == selected_count(by_weight) / layout.channel_count()
+    assert float(rows["random"]["weight"]) == len(by_weight) / layout.channel_count()
     rows = {row["ability"]: row for row in rows_of(out / "consistency.csv")}
     assert list(rows) == ["math-en", "math-ar", "random"]
     for name in ABILITIES[:2]:
-        share = overlap(select_channels(first[name], DENSITY), select_channels(second[name], DENSITY))
-        assert float(rows[name]["overlap"]) == pytest.approx(share)
+        one, other = plain_top(first[name], DENSITY), plain_top(second[name], DENSITY)
+        assert float(rows[name]["overlap"]) == pytest.approx(len(one & other) / len(one))
 
 
 def test_distributions_count_scores(made):
@@ -151,9 +153,9 @@ def test_distributions_count_scores(made):
     (row,) = (row for row in rows_of(out / "distribution-1.csv") if row["ability"] == "science-en")
     scores = torch.cat([profile.scores[module].flatten() for module in profile.layout.modules]).sort(descending=True)[0]
     for density in (0.5, 0.1, 0.01):
-        k = selected_count(select_channels(profile, density))
+        k = len(plain_top(profile, density))
         assert float(row[f"top_{density:g}"]) == pytest.approx(float(scores[k - 1]))
-    k = selected_count(select_channels(profile, DENSITY))
+    k = len(plain_top(profile, DENSITY))
     assert float(row["share_of_sum"]) == pytest.approx(float(scores[:k].sum() / scores.sum()), rel=1e-5)
     assert (row["samples"], row["answer_tokens"]) == ("12", "102")
     curves = [row for row in rows_of(out / "distribution-curves-1.csv") if row["ability"] == "science-en"]
@@ -226,15 +228,15 @@ def test_the_page_has_the_papers_table_and_needs_nothing_else(made):
     # Table 1 of the paper: below the diagonal overlap and count, then the union of both domains in the other language.
     header, *rows = next(table for table in page.tables if "union, other ending" in table[0])
     assert header[:5] == ["ability", *ABILITIES]
-    selections = {name: select_channels(first[name], DENSITY) for name in ABILITIES}
-    k = selected_count(selections["math-en"])
+    selections = {name: plain_top(first[name], DENSITY) for name in ABILITIES}
+    k = len(selections["math-en"])
     assert [row[0] for row in rows] == [*ABILITIES, "random"]
     for place, row in enumerate(rows[:-1]):
-        shares = [overlap(selections[row[0]], selections[name]) for name in ABILITIES[: place + 1]]
-        shown = [f"{100 * share:.1f} % ({round(share * k):,})" for share in shares]
+        common = [len(selections[row[0]] & selections[name]) for name in ABILITIES[: place + 1]]
+        shown = [f"{100 * count / k:.1f} % ({count:,})" for count in common]
         assert row[1:5] == [*shown, *[DASH] * (3 - place)]
-    other = overlap(selections["math-en"], unite([selections["math-ar"], selections["science-ar"]]))
-    assert rows[0][header.index("union, other ending")] == f"{100 * other:.1f} % ({round(other * k):,})"
+    other = len(selections["math-en"] & (selections["math-ar"] | selections["science-ar"]))
+    assert rows[0][header.index("union, other ending")] == f"{100 * other / k:.1f} % ({other:,})"
 
 
 def test_a_report_is_a_function_of_its_profiles(tmp_path):
@@ -478,15 +480,19 @@ def test_excluded_modules_take_no_part(tmp_path):
     options = [part for glob in exclude for part in ("--exclude", glob)]
     done = CliRunner().invoke(main, ["report", *paths, "-o", str(tmp_path / "out"), "--density", "0.1", *options])
     assert done.exit_code == 0, done.output
-    selections = [select_channels(profile, 0.1, exclude=exclude) for profile in profiles.values()]
+    kept = [module for module in layout.modules if module != "lm_head" and not module.endswith(".down_proj")]
+    selections = [
+        plain_top(replace(profile, scores={module: profile.scores[module] for module in kept}), 0.1)
+        for profile in profiles.values()
+    ]
     row = rows_of(tmp_path / "out" / "overlap.csv")[0]
-    assert float(row["code-en"]) == pytest.approx(overlap(*selections))
+    assert float(row["code-en"]) == pytest.approx(len(selections[0] & selections[1]) / len(selections[0]))
     (row,) = (
         r for r in rows_of(tmp_path / "out" / "densities.csv") if (r["ability"], r["density"]) == ("math-en", "0.1")
     )
-    assert int(row["parameters"]) == selected_parameters(selections[0], layout)
+    assert int(row["parameters"]) == plain_parameters(selections[0], layout)
     total = rows_of(tmp_path / "out" / "composition.csv")[-1]
-    assert int(total["channels"]) == selected_count(unite(selections))
+    assert int(total["channels"]) == len(selections[0] | selections[1])
 
 
 def test_labels_that_make_the_same_file_name_have_figures_of_their_own(tmp_path):
@@ -515,8 +521,8 @@ def test_masks_without_data_are_controls(tmp_path):
     assert CliRunner().invoke(main, ["report", *paths, "-o", str(tmp_path / "out")]).exit_code == 0
     (row, expected) = rows_of(tmp_path / "out" / "controls.csv")
     for name in ("weight", "random"):
-        share = overlap(select_channels(made["sums"], 0.01), select_channels(made[name], 0.01))
-        assert float(row[name]) == pytest.approx(share)
+        chosen, other = plain_top(made["sums"], 0.01), plain_top(made[name], 0.01)
+        assert float(row[name]) == pytest.approx(len(chosen & other) / len(chosen))
         assert float(expected[name]) == pytest.approx(0.01, rel=0.2)
     assert CliRunner().invoke(main, ["report", paths[1], "-o", str(tmp_path / "out2")]).exit_code == 0
     assert (tmp_path / "out2" / "distribution-weight.svg").is_file()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors import safe_open
-from test_profiling import as_ability, random_samples
+from samples import as_ability, random_samples
 
 from mergekit_act.abilities import load_abilities
 from mergekit_act.cli import main

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import pyarrow
 import pytest
-from conftest import make_tokenizer
+from tiny import make_tokenizer
 
 from mergekit_act.abilities import AbilitiesFile, Ability, Tokenizers, collect_samples, load_abilities
 from mergekit_act.data.rows import fill_template, load_rows, select_rows

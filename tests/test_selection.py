@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,8 +16,8 @@ from mergekit_act.artifacts import Profile
 from mergekit_act.channels import Layout
 from mergekit_act.selection import (
     Retention,
+    common_counts,
     make_mask,
-    overlap,
     rank_channels,
     select_channels,
     selected_count,
@@ -66,16 +67,21 @@ def test_the_papers_one_percent():
     st.floats(0.01, 1),
     st.booleans(),
 )
-def test_channels_of_rank_below_k_are_the_selected_ones(values, density, exclude_first):
+def test_ranks_and_selections_are_those_of_pythons_sort(values, density, exclude_first):
     modules = {f"m{place}": scores for place, scores in enumerate(values)}
     scored = profile(modules, shared_rows={f"m{len(values) - 1}": 1})
     exclude = ["m0"] if exclude_first and len(values) > 1 else []
-    selected = select_channels(scored, density, exclude=exclude)
-    taking_part = sum(len(scores) for module, scores in modules.items() if module not in exclude)
+    cells = [(module, place, score) for module, scores in modules.items() for place, score in enumerate(scores)]
+    barred = {f"m{len(values) - 1}": 1}
+    allowed = [c for c in cells if c[0] not in exclude and c[1] < barred.get(c[0], 10)]
+    order = sorted(allowed, key=lambda cell: -cell[2])  # Python's sort is stable
+    ranks = [order.index(cell) if cell in allowed else len(cells) for cell in cells]
+    assert rank_channels(scored, exclude=exclude).tolist() == ranks
+    taking_part = sum(cell[0] not in exclude for cell in cells)
     k = max(1, math.floor(validate_density(density) * taking_part))
-    none = {module: torch.zeros(len(scores), dtype=torch.bool) for module, scores in modules.items()}
-    expected = torch.cat([selected.get(module, none[module]) for module in modules])
-    assert torch.equal(rank_channels(scored, exclude=exclude) < k, expected)
+    expected = {module: [place for m, place, _ in order[:k] if m == module] for module in modules}
+    selected = select_channels(scored, density, exclude=exclude)
+    assert chosen(selected) == {module: sorted(places) for module, places in expected.items() if places}
 
 
 def test_ties_go_to_the_module_that_comes_first():
@@ -109,13 +115,13 @@ def test_rows_that_the_ability_model_lacks_are_never_selected():
     assert chosen(select_channels(scores, 1.0)) == {"lm_head": [0, 1], "up": [0]}
 
 
-def test_union_and_overlap():
+def test_unions_and_what_selections_share():
     first = {"m": torch.tensor([True, True, False, False])}
     second = {"m": torch.tensor([False, True, True, True]), "n": torch.tensor([True])}
     assert chosen(unite([first, second])) == {"m": [0, 1, 2, 3], "n": [0]}
     assert first["m"].tolist() == [True, True, False, False]  # not changed
-    assert overlap(first, second) == 0.5
-    assert overlap(second, first) == 0.25
+    flat = np.array([[1, 1, 0, 0, 0], [0, 1, 1, 1, 1]], dtype=bool)
+    assert common_counts(flat).tolist() == [[2, 1], [1, 4]]
 
 
 def test_union_of_different_models_is_refused():

@@ -12,13 +12,14 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from conftest import SIZES, make_model
 from oracle import plain_profile
-from test_profiling import ARCHITECTURES, as_ability, assert_close, random_samples
+from samples import ARCHITECTURES, as_ability, assert_close, random_samples
+from tiny import SIZES, make_model
 
 from mergekit_act.abilities.batches import cut_batches
 from mergekit_act.cli import main
-from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair, weights
+from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair
+from mergekit_act.streaming import weights
 from mergekit_act.streaming.chunks import ChunkCutter
 from mergekit_act.streaming.hidden import HiddenStates
 from mergekit_act.streaming.memory import MemoryPlan, free_memory, parse_bytes, plan_memory

@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import make_model, tiny_config
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from merges import merged
 from safetensors.torch import load_file
-from test_merging import merged
+from tiny import make_model, tiny_config
 from transformers import AutoModelForCausalLM
 
 from mergekit_act.artifacts import save_profile

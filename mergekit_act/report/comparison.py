@@ -21,7 +21,7 @@ from mergekit_act.report.parts import file_name
 from mergekit_act.selection import excluded_modules, rank_channels, validate_density
 from mergekit_act.wording import escape
 
-__all__ = ["DENSITIES", "Comparison", "Pair", "Scored", "common_counts", "load_comparison"]
+__all__ = ["DENSITIES", "Comparison", "Pair", "Scored", "load_comparison"]
 
 DENSITIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 _STEPS = 100  # thresholds of a distribution
@@ -132,12 +132,6 @@ class Comparison:
     @cached_property
     def _place(self) -> dict[str, int]:
         return {module: place for place, module in enumerate(self.layout.modules)}
-
-
-def common_counts(selected: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """int64 ``[selections, selections]``: how many channels two selections share."""
-    rows = selected[:, selected.any(0)].astype(np.float32)  # exact below 2 ** 24 common channels
-    return np.rint(rows.astype(np.float64) @ rows.T if rows.shape[1] >= 1 << 24 else rows @ rows.T).astype(np.int64)
 
 
 def load_comparison(paths: Sequence[Path], density: float, *, exclude: Sequence[str] = ()) -> Comparison:

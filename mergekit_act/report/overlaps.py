@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_act.report.comparison import Comparison, Pair, Scored, common_counts
+from mergekit_act.report.comparison import Comparison, Pair, Scored
 from mergekit_act.report.figures import draw_bars, draw_heat_map
 from mergekit_act.report.parts import Picture, Section
 from mergekit_act.report.tables import Cell, Row, Table
+from mergekit_act.selection import common_counts
 from mergekit_act.wording import percent, shown_density
 
 __all__ = ["describe_consistency", "describe_controls", "describe_overlap"]
