@@ -500,7 +500,7 @@ def test_blocks_and_metadata():
     changed = Readme(front, "").changed({"tags": ["x", "y"], "license": "mit", "datasets": ["d"]}, "t", "README")
     assert changed == "---\n# a\ntags:\n- x  # b\n- y\nlicense: mit\n\n# c\ndatasets:\n- d\n---\nt"
     assert Readme(front, "").changed({"tags": ["x"], "license": "mit"}, "t", "x") == f"---\n{front}---\nt"
-    assert Readme(front, "").changed({"tags": ["x"]}, "t", "x") == "---\n# a\ntags:\n- x  # b\n\n# c\n---\nt"
+    assert Readme(front, "").changed({"tags": ["x"]}, "t", "x") == "---\n# a\ntags:\n- x  # b\n---\nt"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ from urllib.parse import quote
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import CardData
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarstring import SingleQuotedScalarString
+from ruamel.yaml.util import load_yaml_guess_indent
 
 from mergekit_act.files import write_atomically
 from mergekit_act.logs import muted
@@ -63,7 +68,7 @@ class Readme:
         return yaml.safe_load(self.front) or {}
 
     def changed(self, metadata: Mapping[str, Any], text: str, where: object) -> str:
-        """The file with other metadata and text; of the block only the keys that differ are written anew.
+        """The file with other metadata and text; of the block only what differs is written anew.
 
         Raises:
             ValueError: the Hub's parser refuses the metadata.
@@ -71,11 +76,11 @@ class Readme:
         try:
             front = _edited(self.front, self.metadata, metadata)
             if yaml.safe_load(front) != dict(metadata):
-                raise ValueError("it can't be edited line by line; write it in plain block style")
+                raise ValueError("it would say something else to others; write it in plain block style")
             content = f"---\n{front}---\n{text}"
             with muted("huggingface_hub.repocard"):
                 ModelCard(content)
-        except (ValueError, yaml.YAMLError) as error:
+        except (ValueError, yaml.YAMLError, YAMLError) as error:
             raise ValueError(
                 f"{where} has metadata that can't be continued, or that the Hub does not take: "
                 f"{' '.join(str(error).split())}"
@@ -123,42 +128,36 @@ def write_readme(path: Path, content: str) -> None:
         write_atomically(path, written.encode(), overwrite=True)
 
 
-_KEY = re.compile(r"""((?:[^\s#'"\-][^:\n]*|"[^"\n]*"|'[^'\n]*')\s*:)(?:\s|$)""")
-_ITEM = re.compile(r"(\s*)- ")
-
-
 def _edited(front: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """A YAML block with some keys changed; the lines of others, and comments, stay as they are."""
-    parts: list[list[str]] = [[]]
-    for line in front.splitlines(keepends=True):
-        if _KEY.match(line):
-            parts.append([])
-        parts[-1].append(line)
-    kept = list(parts[0])
-    for lines in parts[1:]:
-        match = _KEY.match(lines[0])
-        key = next(iter(yaml.safe_load(f"{match.group(1)} 0"))) if match else ""
-        if key in after and before.get(key) == after[key]:
-            kept += lines
-            continue
-        behind = next((i for i, line in enumerate(reversed(lines)) if line.strip() and line.strip()[0] != "#"), 0)
-        own, trailing = lines[: len(lines) - behind], lines[len(lines) - behind :]
-        if key in after:
-            item = _ITEM.match(own[-1])
-            kept += _longer(own, item.group(1), before.get(key), after[key]) if item else [_dumped({key: after[key]})]
-        kept += trailing
-    added = {key: value for key, value in after.items() if key not in before}
-    return "".join(kept) + (_dumped(added) if added else "")
+    """A YAML block with some keys changed; others, comments and quotes stay as they are."""
+    if not before:
+        return front + _dumped(after)
+    editor = YAML()
+    editor.preserve_quotes, editor.width = True, 1 << 16
+    _, sequence, offset = load_yaml_guess_indent(front)
+    editor.indent(mapping=2, sequence=sequence or 2, offset=offset or 0)
+    content = front.rstrip("\n") + "\n"
+    data = editor.load(content)
+    for key in before.keys() - after.keys():
+        del data[key]
+    for key, value in after.items():
+        old = before.get(key)
+        if isinstance(old, list) and isinstance(value, list) and value[: len(old)] == old:
+            data[key].extend(map(_quoted, value[len(old) :]))
+        elif key not in before or old != value:
+            data[key] = _quoted(value)
+    written = io.StringIO()
+    editor.dump(data, written)
+    return written.getvalue() + front[len(content) :]
 
 
-def _longer(lines: Sequence[str], indent: str, before: Any, after: Any) -> list[str]:
-    """The lines of a list with items behind those that are there, or anew."""
-    key = lines[0].partition(":")[0]
-    if isinstance(before, list) and isinstance(after, list) and after[: len(before)] == before:
-        added = [_dumped({"x": [item]}).partition("\n")[2] for item in after[len(before) :]]
-        if all(item.count("\n") == 1 for item in added):
-            return [*lines, *(indent + item.lstrip() for item in added)]
-    return [key + _dumped({"x": after})[1:]]
+def _quoted(value: Any) -> Any:
+    """A value whose texts are quoted where YAML 1.1, which the Hub reads, would take them for something else."""
+    if isinstance(value, list):
+        return [_quoted(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _quoted(item) for key, item in value.items()}
+    return SingleQuotedScalarString(value) if isinstance(value, str) and yaml.safe_load(value) != value else value
 
 
 def _dumped(values: Mapping[str, Any]) -> str:
