@@ -66,13 +66,13 @@ def model_class(config: Any) -> Any:
     return named if isinstance(named, type) and issubclass(named, GenerationMixin) else AutoModelForCausalLM
 
 
-def check_samples_fit(checkpoint: Checkpoint, ability: AbilitySamples, tokenizer: Tokenizer) -> None:
+def check_samples_fit(checkpoint: Checkpoint, ability: AbilitySamples, tokenizer: Tokenizer | None = None) -> None:
     """See that samples are made for a model's vocabulary and length.
 
     Args:
         checkpoint: of the model.
         ability: the samples.
-        tokenizer: that made them.
+        tokenizer: that made them; None if the model is known to have the same.
 
     Raises:
         ValueError: the model has no such token ids, other tokens for them, or fewer positions.
@@ -80,10 +80,11 @@ def check_samples_fit(checkpoint: Checkpoint, ability: AbilitySamples, tokenizer
     where = f'ability "{ability.name}"'
     config = checkpoint.config.get_text_config()
     used = sorted(set().union(*(sample.input_ids.tolist() for sample in ability.samples)))
-    if used[-1] >= config.vocab_size:
-        raise ValueError(f"{where} has token id {used[-1]}; {checkpoint.reference} has 0 to {config.vocab_size - 1}")
+    outside = next((token for token in (used[0], used[-1]) if not 0 <= token < config.vocab_size), None)
+    if outside is not None:
+        raise ValueError(f"{where} has token id {outside}; {checkpoint.reference} has 0 to {config.vocab_size - 1}")
     own = checkpoint.folder / "tokenizer.json"
-    if own.is_file():
+    if tokenizer is not None and own.is_file():
         theirs = Tokenizer.from_file(str(own))
         for token in used:
             ours, other = tokenizer.id_to_token(token), theirs.id_to_token(token)

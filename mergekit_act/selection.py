@@ -158,9 +158,7 @@ def _flat(profile: Profile, modules: Sequence[str]) -> Tensor:
     return torch.cat([profile.scores[module].flatten() for module in modules])
 
 
-def _spared(
-    profile: Profile, scores: Tensor, eligible: Tensor, exclude: Sequence[str], retain: Retention
-) -> Tensor:
+def _spared(profile: Profile, scores: Tensor, eligible: Tensor, exclude: Sequence[str], retain: Retention) -> Tensor:
     """What channels are ranked by; those that may not be selected are struck from ``eligible``."""
     for other in retain.profiles:
         _check_same_pair(profile, other)

@@ -81,13 +81,6 @@ def test_multimodal_checkpoints_are_profiled_by_text_and_merged(tmp_path, name):
     assert_merged(dict(model.state_dict()), states[0], [(states[1], 0.4, mask)], tied=tied)
 
 
-def test_a_vision_tower_limits_no_text(tmp_path):
-    """Its position embeddings count patches."""
-    torch.manual_seed(0)
-    target, ability = (save_random(MULTIMODAL["gemma3"](), tmp_path / f"m{seed}", seed) for seed in (1, 2))
-    assert open_pair(str(target), str(ability), exclude=TOWER).positions is None
-
-
 def test_norms_of_heads_that_are_one_dimension_with_the_positions(tmp_path):
     """Gated norms of linear attention, as Qwen3-Next and Qwen3.5 have them."""
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}

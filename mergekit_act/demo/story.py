@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,14 @@ FINETUNING = ("--epochs", "10", "--learning-rate", "2e-4", "--micro-batch", "16"
 STEPS = {"base": 850, "ability": 100, "target": 400}
 
 
-def run_demo(out_dir: Path, *, echo: Echo, quiet: bool = False) -> None:
+def run_demo(out_dir: Path, *, echo: Echo, quiet: bool = False, steps: Mapping[str, int] = STEPS) -> None:
     """Make the models, run the commands, print accuracy per ability.
 
     Args:
         out_dir: where all files are left; it must not exist or be empty.
         echo: prints a line.
         quiet: show no progress bars.
+        steps: in which each of the three models is trained.
 
     Raises:
         FileExistsError: ``out_dir`` has files in it.
@@ -57,7 +58,7 @@ def run_demo(out_dir: Path, *, echo: Echo, quiet: bool = False) -> None:
     rows = all_rows()
     tokenizer = build_tokenizer()
     echo("Training a base, an ability model (all abilities) and a target (only mathematics, in two languages)")
-    for name, model in _train_models(tokenizer, rows, quiet).items():
+    for name, model in _train_models(tokenizer, rows, steps, quiet).items():
         model.save_pretrained(out_dir / "models" / name)
         tokenizer.save_pretrained(out_dir / "models" / name)
     _write_inputs(out_dir, rows)
@@ -71,17 +72,17 @@ def run_demo(out_dir: Path, *, echo: Echo, quiet: bool = False) -> None:
     )
 
 
-def _train_models(tokenizer: Any, rows: Sequence[Row], quiet: bool) -> dict[str, Any]:
+def _train_models(tokenizer: Any, rows: Sequence[Row], steps: Mapping[str, int], quiet: bool) -> dict[str, Any]:
     shown = functools.partial(tqdm, unit="step", disable=quiet or None)
     base = build_model(tokenizer, rope_theta=1_000_000.0)
-    train(base, tokenizer, rows, shown(range(STEPS["base"]), "base"), learning_rate=3e-3, seed=0)
+    train(base, tokenizer, rows, shown(range(steps["base"]), "base"), learning_rate=3e-3, seed=0)
     ability = copy.deepcopy(base)
-    train(ability, tokenizer, rows, shown(range(STEPS["ability"]), "ability model"), learning_rate=5e-4, seed=1)
+    train(ability, tokenizer, rows, shown(range(steps["ability"]), "ability model"), learning_rate=5e-4, seed=1)
     # As Qwen2.5-Math does, the target has another rope_theta than its base.
     target = build_model(tokenizer, rope_theta=10_000.0)
     target.load_state_dict(base.state_dict())
     mathematics = [row for row in rows if row.domain == "math" and row.language in KEPT]
-    train(target, tokenizer, mathematics, shown(range(STEPS["target"]), "target"), learning_rate=2e-3, seed=2)
+    train(target, tokenizer, mathematics, shown(range(steps["target"]), "target"), learning_rate=2e-3, seed=2)
     return {"base": base, "ability": ability, "target": target}
 
 

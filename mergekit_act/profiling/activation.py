@@ -10,6 +10,7 @@ from mergekit_act.abilities import AbilitySamples
 from mergekit_act.abilities.batches import cut_batches
 from mergekit_act.artifacts import Profile
 from mergekit_act.devices import dtype_name
+from mergekit_act.models import check_samples_fit
 from mergekit_act.profiling.pair import ModelPair
 from mergekit_act.profiling.passes import Pass
 from mergekit_act.profiling.settings import ProfilingSettings
@@ -38,13 +39,17 @@ def profile_pair(
         processes: those that share the samples; None for this one alone.
 
     Raises:
-        ValueError: the device can't be used, a token id is not in both vocabularies, a sample is longer than the
-            models' position embeddings, a module's output can't be observed, activations are NaN or infinite, or the
-            memory does not hold a layer of both models and one micro-batch.
+        ValueError: the device can't be used, samples do not fit a model's vocabulary or length, a module's output can't
+            be observed, activations are NaN or infinite, or the memory does not hold a layer of both models and one
+            micro-batch.
     """
     processes = processes or Processes()
     settings = (settings or ProfilingSettings()).resolved(processes)
-    _check_samples(abilities, pair)
+    for ability in abilities:
+        if not ability.answer_tokens:
+            raise ValueError(f'ability "{ability.name}" has no answer tokens')
+        for checkpoint in (pair.target, pair.ability_model):
+            check_samples_fit(checkpoint, ability)
     batches = [(n, batch) for n, a in enumerate(abilities) for batch in cut_batches(a.samples, settings.batch_tokens)]
     batches = batches[processes.rank :: processes.count]
     every_sums = [DifferenceSums(pair.layout, settings.place)]
@@ -56,25 +61,6 @@ def profile_pair(
     for sums in every_sums:
         sums.add_up(processes)
     return [_profile(pair, ability, sums, settings) for ability, sums in zip(abilities, every_sums, strict=True)]
-
-
-def _check_samples(abilities: Sequence[AbilitySamples], pair: ModelPair) -> None:
-    vocabulary = pair.vocabulary
-    for ability in abilities:
-        if not ability.answer_tokens:
-            raise ValueError(f'ability "{ability.name}" has no answer tokens')
-        for place, sample in enumerate(ability.samples):
-            if pair.positions is not None and len(sample.input_ids) > pair.positions:
-                raise ValueError(
-                    f'ability "{ability.name}": sample {place} has {len(sample.input_ids)} tokens; the models have '
-                    f"{pair.positions} positions. Set max_length to {pair.positions} or less"
-                )
-            low, high = int(sample.input_ids.min()), int(sample.input_ids.max())
-            if low < 0 or high >= vocabulary:
-                raise ValueError(
-                    f'ability "{ability.name}": sample {place} has token id {low if low < 0 else high}; '
-                    f"both models have the ids 0 to {vocabulary - 1}"
-                )
 
 
 def _profile(pair: ModelPair, ability: AbilitySamples, sums: DifferenceSums, settings: ProfilingSettings) -> Profile:

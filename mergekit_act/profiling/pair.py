@@ -25,7 +25,6 @@ class ModelPair:
         layout: the target's channels.
         ability_layout: the ability model's; it may tie its head where the target does not.
         vocabulary: length of the vocabulary (embedding rows) that both have.
-        positions: longest sample that both models' position embeddings can take; None without such a table.
         exclude: globs of the modules that were left out of the layout.
         shared_rows: head module -> number of its leading channels that both have, where the ability model's is shorter.
     """
@@ -36,7 +35,6 @@ class ModelPair:
     ability_layout: Layout
     vocabulary: int
     shared_rows: dict[str, int]
-    positions: int | None = None
     trust_remote_code: bool = False
     exclude: tuple[str, ...] = ()
 
@@ -98,19 +96,7 @@ def open_pair(
     left_out = excluded_modules(layouts[0], exclude)
     layout, ability_layout = (layout.without(left_out) for layout in layouts)
     shared = {module: rows for module, rows in shared.items() if module not in left_out}
-    positions = min((length for model in models for length in _position_tables(model)), default=None)
-    return ModelPair(
-        first, second, layout, ability_layout, min(rows), shared, positions, trust_remote_code, tuple(exclude)
-    )
-
-
-def _position_tables(model: Any) -> list[int]:
-    """Lengths of the text model's learned position embeddings (GPT-2's, OPT's); token ids are not positions."""
-    tokens = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is tokens)
-    text = model.get_submodule(name.rpartition(".")[0])  # beside a vision tower
-    tables = [m for m in text.modules() if isinstance(m, nn.Embedding) and m is not tokens]
-    return [table.num_embeddings - int(getattr(table, "offset", 0)) for table in tables]
+    return ModelPair(first, second, layout, ability_layout, min(rows), shared, trust_remote_code, tuple(exclude))
 
 
 def _vocabulary_parameters(model: Any) -> list[str]:
