@@ -16,21 +16,21 @@ _SWITCH = "MERGEKIT_ACT_AUTOLOAD"
 
 # mergekit module -> our module, and the function in it that completes mergekit's. The methods register themselves when
 # theirs is imported, which may be what imports mergekit in the first place.
-_COMPLETIONS = {
+COMPLETIONS = {
     "mergekit.merge_methods": ("mergekit_act.merging", None),
     "mergekit.merge": ("mergekit_act.checking", "guard_merge"),
     "mergekit.plan": ("mergekit_act.checking", "guard_planner"),
     "mergekit.scripts.multimerge": ("mergekit_act.checking", "guard_multimerge"),
     "mergekit.scripts.merge_raw_pytorch": ("mergekit_act.checking", "guard_flat_planner"),
 }
-_failed: dict[str, str] = {}  # module that could not be completed -> why
+failed: dict[str, str] = {}  # module that could not be completed -> why
 
 
 def install() -> None:
     """Complete mergekit's modules when they are imported, or at once if they already are."""
     if not any(type(finder) is _Finder for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    for name in _COMPLETIONS:
+    for name in COMPLETIONS:
         module = sys.modules.get(name)
         # One that is still being imported, as when it is what brings us here, is completed by the finder.
         if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
@@ -42,7 +42,7 @@ class _Finder:
     """Finds nothing itself: it lets the other finders look and hooks the module they found."""
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if name not in _COMPLETIONS:
+        if name not in COMPLETIONS:
             return None
         try:
             for finder in list(sys.meta_path):
@@ -87,20 +87,20 @@ def _run_afterwards(spec, name):  # type: ignore[no-untyped-def]
 
 
 def _complete(name: str) -> None:
-    home, function = _COMPLETIONS[name]
+    home, function = COMPLETIONS[name]
     try:
         import importlib
 
         module = importlib.import_module(home)
         if function is not None:
             getattr(module, function)()
-        _failed.pop(name, None)
+        failed.pop(name, None)
     except Exception as error:
         _fail(name, error)
 
 
 def _fail(name: str, error: Exception) -> None:
-    _failed[name] = f"{name} could not be completed ({error!r})"
+    failed[name] = f"{name} could not be completed ({error!r})"
     _warn(f"mergekit-act could not complete {name}: {error!r}")
     _refuse()
 
@@ -108,8 +108,8 @@ def _fail(name: str, error: Exception) -> None:
 def _refuse() -> None:
     """Without the planners' checks the methods must not run."""
     methods = sys.modules.get("mergekit_act.merging")
-    for name, why in _failed.items():
-        if _COMPLETIONS[name][1] is not None and hasattr(methods, "refuse_to_run"):
+    for name, why in failed.items():
+        if COMPLETIONS[name][1] is not None and hasattr(methods, "refuse_to_run"):
             methods.refuse_to_run(why)  # type: ignore[union-attr]
 
 

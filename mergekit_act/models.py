@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin
 
 from mergekit_act.abilities import AbilitySamples
 from mergekit_act.checkpoints import Checkpoint
+from mergekit_act.wording import one_line
 
 __all__ = ["broken_weight", "check_samples_fit", "load_model", "model_class"]
 
@@ -44,7 +45,7 @@ def load_model(
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{checkpoint.reference} does not fit the memory of {device}; try --device auto") from error
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise ValueError(f"{checkpoint.reference} cannot be loaded by Transformers: {reason}") from error
     missing = sorted(report["missing_keys"])
     if missing:

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 __all__ = [
-    "LONGEST",
     "as_csv",
     "enumerate_some",
     "escape",
+    "one_line",
     "percent",
     "shorten",
     "show_bytes",
@@ -19,7 +19,7 @@ __all__ = [
     "table",
 ]
 
-LONGEST = 2000  # characters of a message
+_LONGEST = 2000  # characters of a message
 
 # C0 and C1, DEL, line and paragraph separators, marks that turn the direction of text, and halves of characters.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -44,7 +44,7 @@ def _written(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii") if code < 0x20 else f"\\u{code:04x}"
 
 
-def shorten(text: object, length: int = LONGEST) -> str:
+def shorten(text: object, length: int = _LONGEST) -> str:
     """Text of at most ``length`` characters: of longer ones the beginning and the end, where the remedy stands."""
     whole = str(text)
     if len(whole) <= length:
@@ -52,6 +52,15 @@ def shorten(text: object, length: int = LONGEST) -> str:
     gap = f" … {len(whole) - length:,} characters more … "
     end = length // 4
     return whole[: length - end - len(gap)] + gap + whole[len(whole) - end :]
+
+
+def one_line(error: object, longest: int | None = None) -> str:
+    r"""What an error says, on one line; its kind if it says nothing.
+
+    >>> one_line(ValueError("two\n  lines")), one_line(ValueError())
+    ('two lines', 'ValueError')
+    """
+    return (" ".join(str(error).split()) or type(error).__name__)[:longest]
 
 
 def enumerate_some(items: Iterable[object], separator: str = ", ", *, most: int = 10) -> str:

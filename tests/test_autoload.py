@@ -75,7 +75,7 @@ def test_importing_the_methods_brings_the_checks(merge_inputs, tmp_path):
 def test_a_failure_becomes_one_warning():
     code = (
         "import mergekit_act.autoload as a, mergekit_act, sys\n"
-        "a._COMPLETIONS['mergekit.merge_methods'] = ('mergekit_act.nowhere', 'f')\n"
+        "a.COMPLETIONS['mergekit.merge_methods'] = ('mergekit_act.nowhere', 'f')\n"
         "import mergekit.merge_methods as m\n"
         "print([x.spec.name for x in m.registered_methods() if x.spec.name in ('act', 'ties')])\n"
     )
@@ -144,8 +144,8 @@ def hooked(tmp_path, monkeypatch):
     """The hook, waiting for a module "completed" that "home" completes; what was imported is forgotten."""
     (tmp_path / "home.py").write_text("import sys\ndef complete():\n    sys.modules['completed'].done = True\n")
     (tmp_path / "completed.py").write_text("loaded = 'from a file'\n")
-    monkeypatch.setattr(autoload, "_COMPLETIONS", {"completed": ("home", "complete")})
-    monkeypatch.setattr(autoload, "_failed", {})
+    monkeypatch.setattr(autoload, "COMPLETIONS", {"completed": ("home", "complete")})
+    monkeypatch.setattr(autoload, "failed", {})
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     importlib.invalidate_caches()
     yield autoload._Finder()

@@ -24,9 +24,9 @@ from tiny import make_model, tiny_config
 
 from mergekit_act.artifacts import Mask, Profile, load_mask, load_profile, save_mask, save_profile
 from mergekit_act.cards.files import write_folder_card
+from mergekit_act.cards.instructions import Instructions, shell_line
 from mergekit_act.cards.markdown import Readme, replace_block
 from mergekit_act.cards.masks import MaskFile
-from mergekit_act.cards.recipe import Recipe, shell_line
 from mergekit_act.channels import Layout
 from mergekit_act.cli import main
 from mergekit_act.files import file_hash
@@ -248,7 +248,7 @@ def test_pairs_have_their_own_profiles(work):
         MaskFile(name, None, Path(name), f"masks/{name}", "", replace(mask, sources=tuple(sources)))
         for name, sources in (("a", mask.sources), ("b", others), ("c", [{"ability": "old", "density": 0.1}]))
     ]
-    recipe = Recipe(files, "somewhere/target", ["./models/ability"])
+    recipe = Instructions(files, "somewhere/target", ["./models/ability"])
     described = [yaml.safe_load(text) for text in recipe.files.values()]
     assert [content["ability_model"] for content in described] == ["./models/ability", "someone/b@r1"]
     assert {content["target"] for content in described} == {"somewhere/target"}
@@ -304,7 +304,7 @@ def test_profiles_of_other_runs_are_made_by_other_commands():
         MaskFile("m", None, Path("m"), "masks/m", "", Mask({}, layout, (few, many, half))),
         MaskFile("r", None, Path("r"), "masks/r", "", Mask({}, layout, ({**random, "density": 0.1},))),
     ]
-    assert Recipe(masks).commands().splitlines() == [
+    assert Instructions(masks).commands().splitlines() == [
         "mergekit-act profile abilities.yml profiles --dtype float32 --batch-tokens 64",
         "mergekit-act profile abilities-2.yml profiles-2 --dtype float32 --batch-tokens 64",
         "mergekit-act profile abilities-3.yml profiles-3 --dtype bfloat16 --batch-tokens 64",
@@ -313,12 +313,12 @@ def test_profiles_of_other_runs_are_made_by_other_commands():
         "-o masks/m --density 0.1",
         "mergekit-act mask profiles-4/random.safetensors -o masks/r --density 0.1",
     ]
-    alone = Recipe(masks[1:]).commands().splitlines()
+    alone = Instructions(masks[1:]).commands().splitlines()
     assert alone[0] == "# ABILITIES.yml: any abilities file of ./t ./a"
     assert alone[1].startswith("mergekit-act profile ABILITIES.yml profiles --criterion random --random-seed 7")
     known = {key: random[key] for key in ("ability", "criterion", "target", "ability_model", "data")}
     scores = Profile({}, layout, **known)
-    random_first = Recipe([MaskFile("r", 0.1, Path("r"), "masks/r", "", scores), *masks[:1]])
+    random_first = Instructions([MaskFile("r", 0.1, Path("r"), "masks/r", "", scores), *masks[:1]])
     assert list(random_first.files) == ["abilities.yml", "abilities-2.yml", "abilities-3.yml"]
     assert "mkdir -p masks\ncp profiles/random.safetensors masks/r" in random_first.commands()
 
@@ -335,14 +335,14 @@ def test_models_of_one_folder_name_and_loras_keep_their_own_references():
         }
         return MaskFile("m", None, Path("m"), "masks/m", "", Mask({}, Layout({}, (), {}), (source | models,)))
 
-    recipe = Recipe([mask("final", "final")], "./runs/t/final", ["./runs/a/final"])
+    recipe = Instructions([mask("final", "final")], "./runs/t/final", ["./runs/a/final"])
     (described,) = (yaml.safe_load(text) for text in recipe.files.values())
     assert (described["target"], described["ability_model"]) == ("./runs/t/final", "./runs/a/final")
     assert recipe.local == ["./runs/t/final", "./runs/a/final", "d.csv"]
-    recipe = Recipe([mask("target", "target+lora")], "./m/target", ["./m/target+./m/lora"])
+    recipe = Instructions([mask("target", "target+lora")], "./m/target", ["./m/target+./m/lora"])
     (described,) = (yaml.safe_load(text) for text in recipe.files.values())
     assert described["ability_model"] == "./m/target+./m/lora"
-    twice = Recipe([mask("target", "final")], "./m/target", ["./a/final", "./b/final"])
+    twice = Instructions([mask("target", "final")], "./m/target", ["./a/final", "./b/final"])
     assert "ability_model: ./final" in twice.files["abilities.yml"]
 
 

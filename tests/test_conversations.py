@@ -19,11 +19,11 @@ from mergekit_act.abilities.conversations import Conversation
 from mergekit_act.abilities.rendering import ChatRenderer
 from mergekit_act.abilities.templates import ChatTemplate
 from mergekit_act.artifacts import Mask
+from mergekit_act.cards.instructions import Instructions
 from mergekit_act.cards.masks import MaskFile
-from mergekit_act.cards.recipe import Recipe
 from mergekit_act.channels import Layout
 from mergekit_act.evaluation import collect_held_out
-from mergekit_act.evaluation.answers import _end_tokens
+from mergekit_act.evaluation.answers import end_tokens
 
 # Short forms of the templates of well-known models, with what matters here.
 CHATML = (
@@ -457,7 +457,7 @@ def test_generation_ends_where_any_right_answer_ends(tokenizer_folder, tmp_path)
     (held_out,) = collect_held_out(file, Tokenizers(str(tokenizer_folder), str(tokenizer_folder)))
     model = transformers.AutoModelForCausalLM.from_config(tiny_config("qwen2"))
     known = held_out.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|call|>"])
-    assert set(known) <= set(_end_tokens(model, held_out))
+    assert set(known) <= set(end_tokens(model, held_out))
     assert 'to=weather{"city": "Oslo"}' in held_out.references
 
 
@@ -547,7 +547,7 @@ def test_a_template_from_a_file(collect, tmp_path):
     ],
 )  # fmt: skip
 def test_templates_that_fail_or_do_not_end(collect, monkeypatch, template, reason):
-    monkeypatch.setattr(template_module, "_SECONDS", 0.2)
+    monkeypatch.setattr(template_module, "SECONDS", 0.2)
     assert reason in refusal(collect, [chat(ASK, ANSWER)], template)
 
 
@@ -659,7 +659,7 @@ def test_a_card_names_the_template_that_others_need():
         "ability_model": {"model": "a"},
     }
     artifact = Mask({}, Layout({}, {}, {}), (source,))
-    recipe = Recipe([MaskFile("m", None, Path("m"), "masks/m", "", artifact)], "./t", ["./a"])
+    recipe = Instructions([MaskFile("m", None, Path("m"), "masks/m", "", artifact)], "./t", ["./a"])
     assert recipe.local == ["./t", "./a", "own.jinja"]
     assert "chat_template: own.jinja\n" in recipe.files["abilities.yml"]
 

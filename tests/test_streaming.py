@@ -45,7 +45,7 @@ def test_streamed_profiles_are_the_resident_ones_to_the_bit(pair_of, name, monke
     pair = open_pair(*map(str, pair_of(name)))
     abilities = [as_ability(random_samples(), "one"), as_ability(random_samples(1), "two")]
     whole = profile_pair(pair, abilities, ProfilingSettings(memory_budget=10**12, **SETTINGS))
-    monkeypatch.setattr(weights, "_HEAD_ROWS", 48)  # the head in three slices
+    monkeypatch.setattr(weights, "HEAD_ROWS", 48)  # the head in three slices
     resident = profile_pair(pair, abilities, ProfilingSettings(memory_budget=10**12, **SETTINGS))
     for profile, expected in zip(resident, whole, strict=True):
         assert_close(profile.scores, {module: scores.double() for module, scores in expected.scores.items()})

@@ -15,6 +15,7 @@ from typing import Any
 
 from mergekit_act.abilities.conversations import Turn
 from mergekit_act.data.table import render_as_written
+from mergekit_act.wording import one_line
 
 __all__ = ["FIXED_DATE", "ChatTemplate", "read_template"]
 
@@ -23,7 +24,7 @@ __all__ = ["FIXED_DATE", "ChatTemplate", "read_template"]
 FIXED_DATE = "2024-07-26"
 
 # Templates come from the Hub, and a loop in one may be endless.
-_SECONDS = 20.0
+SECONDS = 20.0
 
 _DIRECTIVES = "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
 
@@ -94,7 +95,7 @@ class ChatTemplate:
                     ),
                 )
         except Exception as error:  # templates raise what they like
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error, 300)
             raise ValueError(
                 f'ability "{self.name}": the chat template cannot render sample {place}: {reason}. Leave such rows '
                 "out, or give a template that takes them (chat_template: FILE)"
@@ -182,10 +183,10 @@ def _limited_time() -> Iterator[None]:
         return
 
     def stop(*_: Any) -> None:
-        raise TimeoutError(f"it has not come to an end in {_SECONDS:g} seconds")
+        raise TimeoutError(f"it has not come to an end in {SECONDS:g} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
     finally:

@@ -11,8 +11,9 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from mergekit_act.adapters import adapter_problem
 from mergekit_act.checkpoints import parse_reference
+from mergekit_act.checkpoints.adapters import adapter_problem
+from mergekit_act.wording import one_line
 
 __all__ = ["Tokenizers", "tokenise"]
 
@@ -85,7 +86,7 @@ def _load_tokenizer(reference: str, trust_remote_code: bool) -> Any:
             model.path, revision=model.revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers raises errors of many kinds for missing or foreign files
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         adapter = adapter_problem(model.path)
         if adapter is not None:
             raise ValueError(adapter) from error

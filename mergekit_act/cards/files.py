@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,13 @@ from mergekit_act.cards.markdown import (
     table,
     write_readme,
 )
+from mergekit_act.cards.masks import Source
 from mergekit_act.files import file_hash
 from mergekit_act.selection import describe_selection
 
 __all__ = ["has_artifacts", "write_folder_card"]
 
 LOG = logging.getLogger(__name__)
-
-Source = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

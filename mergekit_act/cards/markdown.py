@@ -21,7 +21,7 @@ from ruamel.yaml.util import load_yaml_guess_indent
 
 from mergekit_act.files import write_atomically
 from mergekit_act.logs import muted
-from mergekit_act.wording import escape
+from mergekit_act.wording import escape, one_line
 
 __all__ = [
     "HUB_ID",
@@ -82,8 +82,7 @@ class Readme:
                 ModelCard(content)
         except (ValueError, yaml.YAMLError, YAMLError) as error:
             raise ValueError(
-                f"{where} has metadata that can't be continued, or that the Hub does not take: "
-                f"{' '.join(str(error).split())}"
+                f"{where} has metadata that can't be continued, or that the Hub does not take: {one_line(error)}"
             ) from error
         return content
 
@@ -113,7 +112,7 @@ def parse_readme(content: str, where: object) -> Readme:
     try:
         metadata = yaml.safe_load(front) or {}
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise ValueError(f"{where} has metadata that cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{where} has metadata that cannot be read: {one_line(error)}") from error
     if not isinstance(metadata, dict) or not all(isinstance(key, str) for key in metadata):
         raise ValueError(f"{where} has metadata that cannot be read: expected a mapping with names for keys")
     return Readme(front, text)

@@ -14,6 +14,7 @@ from mergekit.card import generate_card
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_act.cards.instructions import Instructions
 from mergekit_act.cards.markdown import (
     Readme,
     add_values,
@@ -25,7 +26,6 @@ from mergekit_act.cards.markdown import (
     write_readme,
 )
 from mergekit_act.cards.masks import MaskFile, Source, find_masks, map_masks
-from mergekit_act.cards.recipe import Recipe
 from mergekit_act.cards.results import read_results
 from mergekit_act.cards.transfer import describe_transfer
 from mergekit_act.checking.summary import CheckSummary, check_config
@@ -86,9 +86,9 @@ def write_merge_card(
         raise ValueError(f"{merged} is a merge by {config.get('merge_method')}; card tells of merges by act and act_*")
     summary = check_config(merged / _CONFIG, options)
     masks = find_masks(summary.masks)
-    recipe = Recipe(masks, summary.target, summary.ability_models)
+    instructions = Instructions(masks, summary.target, summary.ability_models)
     results = None if evaluation is None else read_results(evaluation, merged, evaluated_as)
-    files = _files(config, masks, recipe) | dict(draw(summary))
+    files = _files(config, masks, instructions) | dict(draw(summary))
     changed = [name for name, content in files.items() if not _is(merged / name, content)]
     taken = [str(merged / name) for name in changed if (merged / name).exists()]
     if taken and not overwrite:
@@ -97,7 +97,7 @@ def write_merge_card(
     readme = read_readme(path) or _new_readme(merged, config)
     picture = _PICTURE if _PICTURE in files or (merged / _PICTURE).is_file() else None
     before = block_of(readme.text, "transfer") or ""
-    transfer = describe_transfer(summary, masks, recipe, options, picture=picture, before=before)
+    transfer = describe_transfer(summary, masks, instructions, options, picture=picture, before=before)
     text = replace_block(readme.text, "transfer", transfer, before=_BEFORE)
     metadata = _extended(readme.metadata, [source for mask in masks for source in mask.sources])
     if results is not None:
@@ -111,13 +111,13 @@ def write_merge_card(
     return WrittenCard((path, *(merged / name for name in files)), tuple(remarks))
 
 
-def _files(config: Any, masks: Sequence[MaskFile], recipe: Recipe) -> dict[str, bytes]:
+def _files(config: Any, masks: Sequence[MaskFile], instructions: Instructions) -> dict[str, bytes]:
     """What goes into the folder beside the card: masks, the config with them, the data they were made of."""
     copies: dict[str, list[str]] = {}
     for mask in masks:
         copies.setdefault(mask.setting, []).append(mask.copy)
     own = map_masks(config, lambda setting: ",".join(dict.fromkeys(copies.get(setting, [setting]))))
-    texts = recipe.files | {"act.yml": yaml.safe_dump(own, sort_keys=False, allow_unicode=True)}
+    texts = instructions.files | {"act.yml": yaml.safe_dump(own, sort_keys=False, allow_unicode=True)}
     return {mask.copy: mask.path.read_bytes() for mask in masks} | {name: t.encode() for name, t in texts.items()}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mergekit.options import MergeOptions
 
+from mergekit_act.cards.instructions import Instructions, requirements, shell_line
 from mergekit_act.cards.markdown import (
     HUB_ID,
     PAPER,
@@ -21,7 +22,6 @@ from mergekit_act.cards.markdown import (
     table,
 )
 from mergekit_act.cards.masks import MaskFile, Source
-from mergekit_act.cards.recipe import Recipe, requirements, shell_line
 from mergekit_act.checking.summary import CheckSummary
 from mergekit_act.checkpoints import model_name, parse_reference
 from mergekit_act.selection import describe_selection
@@ -33,7 +33,7 @@ __all__ = ["describe_transfer"]
 def describe_transfer(
     summary: CheckSummary,
     masks: Sequence[MaskFile],
-    recipe: Recipe,
+    instructions: Instructions,
     options: MergeOptions,
     *,
     picture: str | None,
@@ -44,7 +44,7 @@ def describe_transfer(
     Args:
         summary: what the merge moved.
         masks: that it used.
-        recipe: how they are made again.
+        instructions: how they are made again.
         options: of the merge.
         picture: of the composition, if there is one.
         before: what the card has said so far; the versions it names stay.
@@ -59,7 +59,7 @@ def describe_transfer(
         for kind in summary.kinds
     ]
     parts.append(table(["tensors", "number", "parameters", "moved"], kinds))
-    return "\n\n".join([*parts, *_again(summary, masks, recipe, options, before)])
+    return "\n\n".join([*parts, *_again(summary, masks, instructions, options, before)])
 
 
 def _moved(summary: CheckSummary, sources: Sequence[Source]) -> Iterator[str]:
@@ -100,21 +100,21 @@ def _abilities(sources: Sequence[Source]) -> str:
 
 
 def _again(
-    summary: CheckSummary, masks: Sequence[MaskFile], recipe: Recipe, options: MergeOptions, before: str
+    summary: CheckSummary, masks: Sequence[MaskFile], instructions: Instructions, options: MergeOptions, before: str
 ) -> Iterator[str]:
     yield "### Make it again"
     hashes = {mask.copy: mask.sha256 for mask in masks}
     yield table(["mask", "SHA-256"], [[link_file(name), f"`{digest}`"] for name, digest in hashes.items()], left=2)
     written = re.search(r"^pip install .*$", before, re.MULTILINE)
     install = written.group() if written else shell_line(["pip", "install", *requirements()])
-    files = ", ".join(map(link_file, ("act.yml", *recipe.files)))
+    files = ", ".join(map(link_file, ("act.yml", *instructions.files)))
     models = [name for name in (summary.target, *summary.ability_models) if not _is_hub_id(name)]
-    named = ", ".join(dict.fromkeys(map(_local_name, [*models, *recipe.local])))
+    named = ", ".join(dict.fromkeys(map(_local_name, [*models, *instructions.local])))
     needed = f", and the local {named} where these name it" if named else ""
     yield f"In a folder of its own with {files} from here{needed} (versions of the machine that wrote this card):"
     yield fence("sh", install)
     flags = _flags(options, "trust_remote_code", *(("lora_merge_cache",) if "+" in named else ()))
-    made = recipe.commands(*flags)
+    made = instructions.commands(*flags)
     if made:
         yield "The masks, from data; or take the folder `masks` from here:"
         yield fence("sh", made)

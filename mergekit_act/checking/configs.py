@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mergekit_act.checkpoints import Checkpoint, read_config, read_headers
 from mergekit_act.merging import find_mask_files
-from mergekit_act.wording import enumerate_some, shorten
+from mergekit_act.wording import enumerate_some, one_line, shorten
 from mergekit_act.yaml_files import read_yaml
 
 __all__ = [
@@ -49,7 +49,7 @@ def read_merge_config(path: str | Path) -> tuple[dict[str, Any], MergeConfigurat
     except ValidationError as error:
         raise ValueError(f"{path} is no merge config: {enumerate_some(value_problems(error), '; ')}") from error
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no merge config: {shorten(' '.join(str(error).split()), 1500)}") from error
+        raise ValueError(f"{path} is no merge config: {shorten(one_line(error), 1500)}") from error
 
 
 def plain(config: Any) -> Any:
@@ -117,7 +117,7 @@ def model_problems(models: Iterable[ModelReference], options: Any) -> list[str]:
         try:
             config = read_config(model, trust_remote_code=options.trust_remote_code)
         except (OSError, ValueError) as error:
-            problems.append(" ".join(str(error).split()))
+            problems.append(one_line(error))
         else:
             if config.architectures:
                 architectures[model] = " ".join(config.architectures)

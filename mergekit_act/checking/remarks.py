@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from mergekit_act.checking.forwards import forward_differences
 from mergekit_act.planning import Plan, PlannedTensor
+from mergekit_act.wording import one_line
 
 __all__ = ["plan_remarks"]
 
@@ -68,7 +69,7 @@ def _token_count(model: Any, *, trust_remote_code: bool) -> int:
             model.model.path, revision=model.model.revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # Transformers and tokenizers raise many kinds
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise ValueError(f"the tokenizer of {model} cannot be loaded: {reason}") from error
     return len(tokenizer.get_vocab())
 

@@ -10,7 +10,7 @@ import click
 from pydantic import ValidationError
 
 from mergekit_act.checking.configs import value_problems
-from mergekit_act.wording import enumerate_some, shorten
+from mergekit_act.wording import enumerate_some, one_line, shorten
 
 __all__ = ["run_mergekit_yaml"]
 
@@ -72,4 +72,4 @@ def _logged_failures() -> Iterator[list[str]]:
 
 
 def _one_line(error: BaseException) -> str:
-    return shorten(" ".join(str(error).split()), 500) or type(error).__name__
+    return shorten(one_line(error), 500) or type(error).__name__

@@ -16,7 +16,7 @@ from mergekit_act.data.schema import Ability
 from mergekit_act.data.stored import load_folder, load_hub, read_parquet, take_split
 from mergekit_act.data.table import Rows, value_text
 from mergekit_act.data.text_files import TEXT_READERS
-from mergekit_act.wording import enumerate_some
+from mergekit_act.wording import enumerate_some, one_line
 
 __all__ = ["fill_template", "load_rows", "select_rows"]
 
@@ -58,7 +58,7 @@ def load_rows(name: str, ability: Ability) -> Rows:
         raise
     except Exception as error:  # datasets raises errors of many libraries
         cause = error.__cause__ if error.__cause__ and not isinstance(error, ValueError) else error
-        reason = " ".join(str(cause).split()) or type(cause).__name__
+        reason = one_line(cause)
         reason = reason if len(reason) <= 600 else f"{reason[:600]}…"
         raise ValueError(f'ability "{name}": cannot load split "{ability.split}" of {source}: {reason}') from error
 

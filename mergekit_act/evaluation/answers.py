@@ -187,7 +187,7 @@ def _generate_batch(model: Any, prompts: Sequence[Tensor], held_out: HeldOut, ne
     for place, prompt in enumerate(prompts):
         ids[place, longest - len(prompt) :] = prompt
         attended[place, longest - len(prompt) :] = 1
-    ends = _end_tokens(model, held_out)
+    ends = end_tokens(model, held_out)
     settings = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=ends[0]
     )
@@ -203,7 +203,7 @@ def _generate_batch(model: Any, prompts: Sequence[Tensor], held_out: HeldOut, ne
     return found
 
 
-def _end_tokens(model: Any, held_out: HeldOut) -> list[int]:
+def end_tokens(model: Any, held_out: HeldOut) -> list[int]:
     """What ends an answer: the model's own end-of-sequence tokens, the tokenizer's, and the template's."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = list(own) if isinstance(own, list) else [own]

@@ -31,7 +31,7 @@ from mergekit_act.runs.folders import claimed, lock_of
 from mergekit_act.runs.processes import rank_and_count
 from mergekit_act.runs.settings import keep_settings
 from mergekit_act.versions import installed_versions
-from mergekit_act.wording import as_csv
+from mergekit_act.wording import as_csv, one_line
 
 __all__ = ["FineTuned", "TrainingSettings", "finetune"]
 
@@ -113,8 +113,8 @@ def finetune(
         FileNotFoundError: the model or a data set does not exist.
         FileExistsError: ``out`` holds something else; or it is finished, and other processes wait for something to do.
         BlockingIOError: another run is at work in it.
-        ValueError: TRL is not installed, the batch can't be divided, ``out`` is of another recipe, the memory does not
-            suffice, or the loss became NaN or infinite; the last good checkpoint stays.
+        ValueError: TRL is not installed, the batch can't be divided, ``out`` is of a run with other settings, memory
+            does not suffice, or the loss became NaN or infinite; the last good checkpoint stays.
         OSError: something could not be written; the last complete checkpoint stays.
     """
     settings = settings or TrainingSettings()
@@ -205,7 +205,7 @@ class _Training:
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ValueError(
-                f"out of memory on {settings.device}: {' '.join(str(error).split())[:200]}; {self.kept()}. Try "
+                f"out of memory on {settings.device}: {one_line(error, 200)}; {self.kept()}. Try "
                 "--micro-batch 1, --master-dtype bfloat16, or FSDP on several GPUs"
             ) from error
 

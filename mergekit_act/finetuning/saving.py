@@ -21,7 +21,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from mergekit_act.checkpoints import Checkpoint
 from mergekit_act.finetuning.recipe import Recipe
-from mergekit_act.wording import show_bytes
+from mergekit_act.wording import one_line, show_bytes
 
 __all__ = ["Saving", "bytes_needed", "check_room"]
 
@@ -92,7 +92,7 @@ class Saving:
         try:
             own.validate(strict=True)
         except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             LOG.warning(
                 "Transformers would not save how %s generates (%s); it is copied as it is",
                 self.checkpoint.reference,
@@ -142,9 +142,9 @@ def _try(what: str, save: Callable[[], Any]) -> None:
     except OSError:
         raise
     except Exception as error:  # Transformers, tokenizers, templates and a model's own code raise any kind
-        reason = " ".join(str(error).split())[:500]
+        reason = one_line(error, 500)
         raise ValueError(
-            f"{what} could not be saved after the training ({reason or type(error).__name__}); mend it, then give the "
+            f"{what} could not be saved after the training ({reason}); mend it, then give the "
             "same command again. Nothing was trained"
         ) from error
 

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from mergekit_act.abilities import AbilitySamples
 from mergekit_act.finetuning.recipe import Recipe
+from mergekit_act.wording import one_line
 
 __all__ = ["DivergedError", "all_finite", "build_settings", "build_trainer", "writing"]
 
@@ -106,7 +107,7 @@ def writing(what: str, kept: Callable[[], str]) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise OSError(
             f"{what} could not be written ({reason}); {kept()}. Make room and give the same command again"
         ) from error

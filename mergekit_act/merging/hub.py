@@ -10,6 +10,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, parse_hf_uri
 from huggingface_hub.errors import HfUriError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
+from mergekit_act.wording import one_line
+
 __all__ = ["HUB", "fetch_mask_files", "look_again"]
 
 HUB = "hf://"
@@ -42,7 +44,7 @@ def fetch_mask_files(reference: str) -> list[Path]:
             names = sorted(name for name in listed if _matches(name, parsed.path_in_repo))
         return [Path(hf_hub_download(repo, name, revision=revision, repo_type=kind)) for name in names]
     except (HTTPError, HFValidationError, OSError) as error:  # the client's own errors are of both kinds
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise FileNotFoundError(f'mask "{reference}" could not be fetched: {reason}') from error
 
 

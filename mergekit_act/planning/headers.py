@@ -16,7 +16,7 @@ from mergekit.io import LazyTensorLoader
 
 from mergekit_act.checkpoints import Checkpoint, TensorHeader, merged_model
 from mergekit_act.planning.internals import LoaderCache, names_from_loaders, tensor_index
-from mergekit_act.wording import show_bytes
+from mergekit_act.wording import one_line, show_bytes
 
 __all__ = ["HeaderLoader", "only_headers"]
 
@@ -108,7 +108,7 @@ def _from_hub(model: ModelReference) -> tuple[dict[str, TensorHeader], int]:
     try:
         found = HfApi().get_safetensors_metadata(model.model.path, revision=model.model.revision)
     except (HTTPError, NoSafetensorsError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise FileNotFoundError(f"the headers of {model} could not be fetched: {reason}") from error
     headers = {
         name: TensorHeader(tensor.dtype, tuple(tensor.shape), file)

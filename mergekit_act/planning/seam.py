@@ -28,7 +28,7 @@ from mergekit_act.planning.headers import HeaderLoader
 from mergekit_act.planning.internals import LoaderCache, refuse_unless_known, wrap
 from mergekit_act.planning.models import Checkpoints, open_loaded, open_weight_file
 from mergekit_act.planning.plan import Plan, complete_plan, make_plan
-from mergekit_act.wording import enumerate_some, escape, shorten
+from mergekit_act.wording import enumerate_some, escape, one_line, shorten
 
 __all__ = ["MergeConfigError", "wrap_flat_planner", "wrap_merge", "wrap_multimerge", "wrap_planner"]
 
@@ -191,4 +191,4 @@ def _one_sentence() -> Iterator[None]:
         shown = "; ".join(f"{detail['msg']}, got {detail['input']!r}" for detail in error.errors())
         raise MergeConfigError([f"a parameter has a wrong value: {shown}"]) from error
     except (ValueError, RuntimeError, OSError) as error:
-        raise MergeConfigError([" ".join(str(error).split())]) from error
+        raise MergeConfigError([one_line(error)]) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_act.report.canvas import COLOURS, MUTED, can_draw, new_canvas, save_figure
+from mergekit_act.wording import one_line
 
 if TYPE_CHECKING:
     from mergekit_act.sweep.run import SweepResult
@@ -29,7 +30,7 @@ def check_drawing() -> None:
         for kind in ("svg", "png"):
             _figure_of_losses([(1, 1.0), (2, 0.5)]).savefig(io.BytesIO(), format=kind)
     except Exception as error:  # of a broken installation, its settings or its cache
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error, 300)
         raise ValueError(
             f"matplotlib cannot draw the picture ({type(error).__name__}: {reason}); mend it, or uninstall it to have "
             "no picture"

@@ -52,8 +52,8 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> bool:
         raise ValueError(f"{path} cannot be read ({error}); say --overwrite to start anew") from error
     if changed:
         raise ValueError(
-            f"{path.parent} is of another recipe: {changed}. Choose another folder, go on with the settings it had, or "
-            "say --overwrite to start anew"
+            f"{path.parent} is of a run with other settings: {changed}. Choose another folder, go on with the settings "
+            "it had, or say --overwrite to start anew"
         )
     return True
 

@@ -24,7 +24,7 @@ from mergekit_act.streaming.segments import replaced_forward
 __all__ = ["HeadSlice", "PairWeights", "Piece", "synchronize"]
 
 # Rows of the heads that are compared together, whatever fits: sums must not depend on the memory.
-_HEAD_ROWS = 1 << 14
+HEAD_ROWS = 1 << 14
 _ALIGNMENT = 512  # as PyTorch's own allocations on CUDA
 
 
@@ -60,8 +60,8 @@ class PairWeights:
     def __init__(self, models: tuple[ModelWeights, ModelWeights], head_rows: int) -> None:
         self.models = models
         layers = [Piece(index) for index in range(len(models[0].layers))]
-        starts = range(0, head_rows, _HEAD_ROWS)
-        slices = [Piece(None, slice(start, min(start + _HEAD_ROWS, head_rows))) for start in starts]
+        starts = range(0, head_rows, HEAD_ROWS)
+        slices = [Piece(None, slice(start, min(start + HEAD_ROWS, head_rows))) for start in starts]
         self.pieces = (*layers, *slices)
         self.waited = 0.0
         self._copier = models[0].copier

@@ -1,13 +1,10 @@
-"""Model references: a checkpoint's config, tensor headers, fingerprint, and its weights tensor by tensor."""
+"""A checkpoint: a model's config, tensor headers, fingerprint, and its weights tensor by tensor."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 import re
-import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,71 +14,27 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import LocalEntryNotFoundError
 from mergekit.architecture.conversion import convert_checkpoint_tensors
-from mergekit.common import ModelPath, ModelReference
+from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from mergekit_act.adapters import MergedModel, adapter_problem
 from mergekit_act.channels import build_skeleton
-from mergekit_act.wording import shorten
+from mergekit_act.checkpoints.adapters import MergedModel
+from mergekit_act.checkpoints.headers import TensorHeader, read_headers
+from mergekit_act.checkpoints.references import local_folder, model_name, parse_reference, read_config
+from mergekit_act.wording import one_line, shorten
 
-__all__ = [
-    "Checkpoint",
-    "TensorHeader",
-    "local_folder",
-    "merged_model",
-    "model_name",
-    "open_checkpoint",
-    "parse_reference",
-    "quantisation",
-    "read_config",
-    "read_headers",
-]
+__all__ = ["Checkpoint", "merged_model", "open_checkpoint", "quantisation"]
 
 _MIB = 1 << 20
 # What holds packed weights; integers of other names are buffers, such as GPT-2's causal masks.
 _PACKED = re.compile(r"(weight|_packed|_proj|qzeros|_blocks)$")
-_FLOATS = {
-    **dict.fromkeys(("BF16", "bfloat16"), torch.bfloat16),
-    **dict.fromkeys(("F16", "float16"), torch.float16),
-    **dict.fromkeys(("F32", "float32"), torch.float32),
-    **dict.fromkeys(("F64", "float64"), torch.float64),
-}
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """A stored tensor, without its values.
-
-    Attributes:
-        dtype: as its file writes it.
-        shape: its dimensions.
-        file: the file's name.
-        start: where its values begin in a safetensors file.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    start: int | None = None
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """The floating-point dtype that mergekit can merge in, None for others."""
-        return _FLOATS.get(self.dtype)
-
-    @property
-    def size(self) -> int:
-        """Bytes of its values."""
-        bits = int(re.sub(r"\D", "", self.dtype.partition("_")[0]) or 8)
-        return math.prod(self.shape) * bits // 8
 
 
 @dataclass(frozen=True)
@@ -106,7 +59,7 @@ class Checkpoint:
         except RuntimeError as error:
             raise FileNotFoundError(f"{self.folder} has no model.safetensors or pytorch_model.bin") from error
         except (SafetensorError, UnpicklingError, EOFError) as error:  # pickles may hold more than tensors
-            reason = shorten(_one_line(error), 500)
+            reason = shorten(one_line(error), 500)
             raise ValueError(f"{self.folder} has no complete weight file ({reason}); fetch or save it again") from error
         missing = sorted({file for file in index.tensor_paths.values() if not (self.folder / file).is_file()})
         if missing:
@@ -315,28 +268,6 @@ def open_checkpoint(
     return checkpoint
 
 
-def local_folder(reference: ModelReference, cache_dir: str | None = None) -> Path:
-    """Where the files of a reference without LoRA are on this machine, fetched if need be.
-
-    mergekit asks the Hub which files there are, also with ``HF_HUB_OFFLINE=1``.
-
-    Raises:
-        FileNotFoundError: the Hub is switched off and its cache does not have the model.
-    """
-    if os.path.exists(reference.model.path) or not HF_HUB_OFFLINE:
-        return Path(reference.local_path(cache_dir=cache_dir))
-    try:
-        return Path(
-            snapshot_download(
-                reference.model.path, revision=reference.model.revision, cache_dir=cache_dir, local_files_only=True
-            )
-        )
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{reference} is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it, or give a local folder"
-        ) from error
-
-
 def merged_model(reference: ModelReference, cache: str, dtype: str | None = None) -> MergedModel:
     """The model that a reference's adapter is merged into, as it is kept in a folder.
 
@@ -351,35 +282,6 @@ def merged_model(reference: ModelReference, cache: str, dtype: str | None = None
     else:
         base = Path(hf_hub_download(model.path, "config.json", revision=model.revision)).parent.name
     return MergedModel(reference, Path(cache), base, dtype)
-
-
-def parse_reference(reference: str) -> ModelReference:
-    """A model reference of the form ``user/repo@revision``, a path, or either with ``+lora``.
-
-    What exists is a path, whatever characters it has; mergekit would split it.
-
-    Raises:
-        ValueError: it has no such form, or several.
-    """
-    if os.path.exists(reference):
-        return ModelReference(model=ModelPath(path=reference))
-    parts = reference.split("+")
-    splits = [("+".join(parts[:place]), "+".join(parts[place:])) for place in range(1, len(parts))]
-    if len(splits) > 1:
-        splits = [pair for pair in splits if all(map(os.path.exists, pair))]
-        if len(splits) != 1:
-            raise ValueError(f'"{reference}" cannot be parsed; expected MODEL or MODEL+LORA, paths or Hub ids')
-    model, lora = splits[0] if splits else (reference, None)
-    return ModelReference(model=_model_path(model), lora=None if lora is None else _model_path(lora))
-
-
-def _model_path(written: str) -> ModelPath:
-    if os.path.exists(written):
-        return ModelPath(path=written)
-    if not written or written.count("@") > 1:
-        raise ValueError(f'"{written}" is no model; expected a path, or a Hub id with at most one @ before a revision')
-    path, _, revision = written.partition("@")
-    return ModelPath(path=path, revision=revision or None)
 
 
 def quantisation(checkpoint: Checkpoint) -> str | None:
@@ -397,17 +299,6 @@ def quantisation(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def model_name(path: str) -> tuple[str, str | None]:
-    """A model's name for people, and its revision if the path tells: folders of the Hub's cache do."""
-    if not os.path.exists(path):
-        return path, None
-    folder = Path(path).resolve()
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/"), folder.name
-    return folder.name, None
-
-
 def _declared_quantisation(config: Any) -> str | None:
     """The method that a config's ``quantization_config`` names; None if it has none."""
     found = getattr(config, "quantization_config", None)
@@ -421,67 +312,6 @@ def _quantised(reference: str, how: str) -> str:
     return f"{reference} is quantised ({how}); expected float32, float16 or bfloat16 weights"
 
 
-def read_config(reference: str | ModelReference, *, trust_remote_code: bool = False) -> Any:
-    """The config of a model reference; its weights need not be there.
-
-    Raises:
-        FileNotFoundError: there is no such model folder, it has no config.json, or is an adapter.
-    """
-    parsed = parse_reference(reference) if isinstance(reference, str) else reference
-    path = Path(parsed.model.path)
-    if path.is_dir() and not (path / "config.json").is_file():
-        expected = f"{path} has no config.json; expected a model folder as save_pretrained writes it"
-        raise FileNotFoundError(adapter_problem(path) or expected)
-    if not path.exists() and parsed.model.path.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"{parsed.model.path} does not exist (relative to {os.getcwd()}); expected a model folder or a Hub id"
-        )
-    try:
-        return parsed.config(trust_remote_code=trust_remote_code)
-    except OSError as error:  # not on the Hub, or the Hub is out of reach
-        reason = f"{reference} has no config that can be loaded: {_one_line(error)}"
-        raise FileNotFoundError(adapter_problem(parsed.model.path, parsed.model.revision) or reason) from error
-
-
-def read_headers(path: Path) -> dict[str, TensorHeader]:
-    """Name -> header of every tensor in a weight file, safetensors or pickle; no values are read.
-
-    Raises:
-        ValueError: the file is truncated or holds something else than tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors_header(path)
-        state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
-        return {
-            name: TensorHeader(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), path.name)
-            for name, tensor in state.items()
-        }
-    except (struct.error, ValueError, KeyError, AttributeError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise ValueError(
-            f"{path} is not a complete weight file ({shorten(_one_line(error), 500)}); fetch or save it again"
-        ) from error
-
-
-def _read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        size = file.seek(0, os.SEEK_END)
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if end != size:
-        raise ValueError(f"{size} bytes, its header says {end}")
-    return {
-        name: TensorHeader(entry["dtype"], tuple(entry["shape"]), path.name, 8 + length + entry["data_offsets"][0])
-        for name, entry in entries.items()
-    }
-
-
 def _layer(name: str) -> str | None:
     """The first index in a tensor's name: its layer's."""
     return next((part for part in name.split(".") if part.isdigit()), None)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -19,6 +19,7 @@ from huggingface_hub import hf_hub_download
 from mergekit.common import ModelPath, ModelReference
 
 from mergekit_act.files import file_hash, write_atomically
+from mergekit_act.wording import one_line
 
 __all__ = ["MergedModel", "adapter_problem"]
 
@@ -91,7 +92,7 @@ class MergedModel:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 os.replace(merged.model.path, self.folder)
             except (ValueError, RuntimeError, KeyError, TypeError) as error:  # what PEFT and Transformers raise
-                reason = " ".join(str(error).split())[:300]
+                reason = one_line(error, 300)
                 raise ValueError(f"{self.reference} could not be merged: {reason}") from error
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -137,7 +138,7 @@ def _fingerprint(adapter: ModelPath) -> str:
         try:
             return Path(hf_hub_download(adapter.path, _CONFIG, revision=adapter.revision)).parent.name
         except (OSError, ValueError) as error:  # the client's own errors are of both kinds
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise FileNotFoundError(
                 f"{adapter} is no folder (relative to {os.getcwd()}) and no adapter that can be fetched: {reason}"
             ) from error

@@ -16,7 +16,7 @@ from mergekit_act.data.schema import AbilitiesFile, Ability
 from mergekit_act.versions import installed_versions
 from mergekit_act.wording import escape
 
-__all__ = ["Recipe", "requirements", "shell_line"]
+__all__ = ["Instructions", "requirements", "shell_line"]
 
 
 def shell_line(words: Sequence[str]) -> str:
@@ -39,7 +39,7 @@ def requirements() -> list[str]:
 
 
 @dataclass
-class _Run:
+class _ProfileCall:
     """Profiles that one call of ``mergekit-act profile`` makes.
 
     Attributes:
@@ -53,7 +53,7 @@ class _Run:
     abilities: dict[str, Any] = field(default_factory=dict)
 
 
-class Recipe:
+class Instructions:
     """How masks are made again, as far as they say how they were made.
 
     Attributes:
@@ -71,7 +71,7 @@ class Recipe:
         """
         self._masks = {mask.copy: mask.artifact for mask in masks}
         self._models = {"target": _by_name([target]), "ability_model": _by_name(ability_models)}
-        self._runs: list[_Run] = []
+        self._runs: list[_ProfileCall] = []
         self._run_of: dict[str, int] = {}
         self.local: list[str] = []
         for mask in masks:
@@ -109,7 +109,7 @@ class Recipe:
                 lines.append(self._mask_command(path, mask))
         return "\n".join(escape(" ".join(line)) if line[0] == "#" else shell_line(line) for line in lines)
 
-    def _serves(self, other: _Run, run: _Run) -> bool:
+    def _serves(self, other: _ProfileCall, run: _ProfileCall) -> bool:
         """Whether another run's abilities file is of the same two models."""
         return id(other) in self._file_of and all(other.head[role] == run.head[role] for role in self._models)
 
@@ -130,7 +130,7 @@ class Recipe:
         )
         place = next(fits, len(self._runs))
         if place == len(self._runs):
-            self._runs.append(_Run(head, options))
+            self._runs.append(_ProfileCall(head, options))
         if settings:
             self._runs[place].abilities[name] = settings
             self.local += [data["dataset"]] if not data.get("on_hub") else []
@@ -177,7 +177,7 @@ def _numbered(stem: str, suffix: str, count: int) -> list[str]:
     return [f"{stem}{f'-{place + 1}' if place else ''}{suffix}" for place in range(count)]
 
 
-def _abilities_file(run: _Run) -> str:
+def _abilities_file(run: _ProfileCall) -> str:
     return yaml.safe_dump(run.head | {"abilities": run.abilities}, sort_keys=False, allow_unicode=True, width=100)
 
 
