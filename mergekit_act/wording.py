@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "LONGEST",
     "as_csv",
     "enumerate_some",
     "escape",
@@ -19,7 +20,7 @@ __all__ = [
     "table",
 ]
 
-_LONGEST = 2000  # characters of a message
+LONGEST = 2000  # characters of a message
 
 # C0 and C1, DEL, line and paragraph separators, marks that turn the direction of text, and halves of characters.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -44,7 +45,7 @@ def _written(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii") if code < 0x20 else f"\\u{code:04x}"
 
 
-def shorten(text: object, length: int = _LONGEST) -> str:
+def shorten(text: object, length: int = LONGEST) -> str:
     """Text of at most ``length`` characters: of longer ones the beginning and the end, where the remedy stands."""
     whole = str(text)
     if len(whole) <= length:
