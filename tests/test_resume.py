@@ -177,7 +177,7 @@ def test_an_interruption_between_chunks_counts_none_twice(pair_of, tmp_path, mon
     settings = {"device": "cpu", "dtype": "float32", "batch_tokens": 31, "quiet": True}
     (expected,) = profile_pair(pair, abilities, ProfilingSettings(**settings))
     state = tmp_path / "run.state"
-    close, remember, seen = HiddenStates.close, DifferenceSums.remember, []
+    close, seen = HiddenStates.close, []
 
     def interrupted(self):
         close(self)
@@ -185,11 +185,7 @@ def test_an_interruption_between_chunks_counts_none_twice(pair_of, tmp_path, mon
         if len(seen) == 3:
             raise KeyboardInterrupt
 
-    def half_undone(self, modules=None):
-        undo = remember(self, modules)
-        if modules is not None:
-            return undo
-
+    def half_undone(self):
         def interrupted_undo():
             self.vector.zero_()
             raise KeyboardInterrupt

@@ -8,12 +8,10 @@ whatever the chunks are.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
@@ -31,8 +29,6 @@ from mergekit_act.streaming.weights import HeadSlice, PairWeights, synchronize
 
 __all__ = ["Engine", "Work", "activation_bytes"]
 
-LOG = logging.getLogger(__name__)
-
 # Logits are compared in blocks of rows of at most this many bytes for each model, whatever fits.
 _CPU_LOGITS = 1 << 26
 _DEVICE_LOGITS = 1 << 28
@@ -49,14 +45,11 @@ class Work:
         batch: the micro-batch, on the device.
         sums: those of its ability.
         calls: what the decoder layers of both models receive besides the hidden state, if that is kept.
-        at_head: whether its hidden states are the heads' input at the answer tokens, ``[answer tokens, hidden]``.
     """
 
     batch: MicroBatch
     sums: DifferenceSums
     calls: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
-    at_head: bool = False
-    key: int = field(default_factory=count().__next__)
 
 
 class Engine:
@@ -89,7 +82,6 @@ class Engine:
         self._rows = _logit_rows(device, weights.models[0].dtype, channels)
         size = min(self._rows, tokens) * channels
         self._logits = [torch.empty(size, dtype=model.dtype, device=device) for model in weights.models]
-        self._most_tokens: int | None = None  # of a micro-batch, once a larger one did not fit
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -115,44 +107,36 @@ class Engine:
             on_progress: told the tokens that are done, in small parts.
 
         Raises:
-            ValueError: a module's output can't be observed or read, or a single sample does not fit the memory.
+            ValueError: a module's output can't be observed or read.
         """
         pieces = self._weights.pieces
         share = 1 / (2 + len(pieces))
-        works = list(chunk)
-        while self._most_tokens is not None and any(self._too_large(work) for work in works):
-            works = [part for work in works for part in (_halves(work) if self._too_large(work) else (work,))]
 
-        def advance(modules: Sequence[str], step: Callable[[Work, Any], Hidden | None]) -> None:
-            moved = []
-            for work in works:
-                for part in self._advance(work, hidden, modules, step):
-                    moved.append(part)
-                    on_progress(part.batch.tokens * share)
-            works[:] = moved
+        def advance(step: Callable[[Work, Any], Hidden | None]) -> None:
+            for place, work in enumerate(chunk):
+                keys = ((place, 0), (place, 1))
+                moved = step(work, tuple(hidden.take(key) for key in keys))
+                for key, tensor in zip(keys, moved or (), strict=False):
+                    hidden.put(key, tensor)
+                on_progress(work.batch.tokens * share)
 
         self._weights.fetch()
         probed = torch.arange(min(_PROBED_IDS, self._vocabulary), device=self._device)
-        with self._weights.embeddings_of([probed, *(work.batch.input_ids.flatten() for work in works)]):
+        with self._weights.embeddings_of([probed, *(work.batch.input_ids.flatten() for work in chunk)]):
             self._learn(None)
-            advance(self._outside, partial(self._embed, self._keeps_calls or len(works) == 1))
+            advance(partial(self._embed, self._keeps_calls or len(chunk) == 1))
             synchronize(self._device)
+        normalised = False
         for place, piece in enumerate(pieces):
-            if piece.layer is None and not works[0].at_head:
-                advance(self._outside, self._normalise)
+            if piece.layer is None and not normalised:
+                advance(self._normalise)
+                normalised = True
             with self._weights.present(place, more=more) as heads:
                 if piece.layer is None:
-                    advance((self._head,), partial(self._compare_heads, heads))
+                    advance(partial(self._compare_heads, heads))
                 else:
                     self._learn(piece.layer)
-                    advance(self._layers[piece.layer], partial(self._layer, piece.layer))
-        for work in works:
-            for side in (0, 1):
-                hidden.drop((work.key, side))
-
-    def _too_large(self, work: Work) -> bool:
-        size = work.batch.input_ids
-        return self._most_tokens is not None and size.numel() > self._most_tokens and len(size) > 1
+                    advance(partial(self._layer, piece.layer))
 
     def _learn(self, layer: int | None) -> None:
         """Learn the forms of a layer's outputs, or of those outside of layers, when it is first there."""
@@ -178,57 +162,6 @@ class Engine:
         modules, run = (self._outside, run_outside) if layer is None else (self._layers[layer], run_layer)
         self._forms.learn(modules, run)
         self._learnt.add(layer)
-
-    def _advance(
-        self, work: Work, hidden: HiddenStates, modules: Sequence[str], step: Callable[[Work, Any], Hidden | None]
-    ) -> list[Work]:
-        """Take a micro-batch through a segment, in halves if it does not fit the memory."""
-        keys = ((work.key, 0), (work.key, 1))
-        waits = hidden.has(keys[1])
-        moved: Hidden | None = None
-        fits = True
-        try:
-            with work.sums.undone_on_error(modules):
-                moved = step(work, tuple(hidden.take(key) for key in keys) if waits else None)
-        except torch.OutOfMemoryError:
-            fits = False  # the error holds what has been allocated until its block is left
-        if fits:
-            if moved is not None:
-                for key, tensor in zip(keys, moved, strict=True):
-                    hidden.put(key, tensor)
-            return [work]
-        self._note_halving(work)
-        parts = _halves(work)
-        for key in keys if waits else ():
-            tensor = hidden.take(key)
-            rows = len(parts[0].batch.sample_of) if work.at_head else len(parts[0].batch.input_ids)
-            for part, some in zip(parts, (tensor[:rows], tensor[rows:]), strict=True):
-                hidden.put((part.key, key[1]), some.clone())
-            hidden.drop(key)
-        return [done for part in parts for done in self._advance(part, hidden, modules, step)]
-
-    def _note_halving(self, work: Work) -> None:
-        samples, length = work.batch.input_ids.shape
-        if samples == 1:
-            raise ValueError(
-                f"one sample of {length} tokens does not fit the memory of {self._device}; lower max_length, or say a "
-                "smaller --memory-budget, so that fewer weights stay"
-            )
-        if self._keeps_calls and any(work.calls):
-            raise ValueError(
-                f"out of memory on {self._device}, and this model's micro-batches can't be halved once they are "
-                "embedded; say a smaller --batch-tokens"
-            )
-        if self._most_tokens is None:
-            LOG.warning(
-                "out of memory on %s with a micro-batch of %d samples of %d tokens: it is halved, and so are those "
-                "after it. The last digits of the scores may differ from a run that has more memory, or a smaller "
-                "--batch-tokens",
-                self._device, samples, length,
-            )  # fmt: skip
-        self._most_tokens = min(self._most_tokens or samples * length, -(-samples // 2) * length)
-        if torch.device(self._device).type == "cuda":
-            torch.cuda.empty_cache()
 
     def _observers(self, work: Work) -> tuple[Observer, Observer]:
         """One that keeps the target's outputs, and one that compares the ability model's with them."""
@@ -272,7 +205,7 @@ class Engine:
             self._ability_model.normalise(ids, pair[1], compare),
         )
         first, second = (torch.cat(work.batch.answer_rows(output, 1)) for output in outputs)
-        work.calls, work.at_head = ([], []), True  # only when nothing can fail any more
+        work.calls = ([], [])
         return first, second
 
     def _compare_heads(self, heads: Sequence[HeadSlice], work: Work, pair: Hidden) -> None:
@@ -295,10 +228,6 @@ def _logits(hidden: Tensor, head: HeadSlice, into: Tensor) -> Tensor:
 def _logit_rows(device: str, dtype: torch.dtype, channels: int) -> int:
     limit = _CPU_LOGITS if torch.device(device).type == "cpu" else _DEVICE_LOGITS
     return max(1, limit // (channels * dtype.itemsize))
-
-
-def _halves(work: Work) -> list[Work]:
-    return [Work(half, work.sums, at_head=work.at_head) for half in work.batch.halves()]
 
 
 def activation_bytes(weights: PairWeights, layout: Layout, tokens: int, longest: int) -> int:

@@ -67,7 +67,7 @@ class Pass:
             return
         device, dtype = self.settings.place, self.settings.torch_dtype
         with self._settled() as (weights, plan):
-            cutter = self._cutter(plan, saved)
+            cutter = self._cutter(plan)
             engine = Engine(weights, self.pair.layout, self.pair.vocabulary, device, self._most_tokens)
             with (
                 engine.observing(),
@@ -79,7 +79,7 @@ class Pass:
                 while done < total:
                     count, place = _WHOLE if cutter is None else cutter.cut([b for _, b in self.batches[done:]])
                     started, waited = time.monotonic(), weights.waited
-                    hidden = HiddenStates(place, device, saved.path.parent if saved is not None else None)
+                    hidden = HiddenStates(place, device)
                     chunk = self.batches[done : done + count]
                     with closing(hidden), _all_or_nothing(every_sums, chunk, reached, done):
                         works = [Work(batch.to(device), every_sums[ability]) for ability, batch in chunk]
@@ -137,7 +137,7 @@ class Pass:
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     f"out of memory on {device}; say a --memory-budget below {show_bytes(budget)}, so that fewer "
-                    "weights stay"
+                    "weights stay, or a smaller --batch-tokens"
                 ) from error
         finally:
             weights.close()
@@ -152,7 +152,7 @@ class Pass:
         width: int = self.pair.target.config.get_text_config().hidden_size
         return 2 * width * self.settings.torch_dtype.itemsize
 
-    def _cutter(self, plan: MemoryPlan, saved: StateFile | None) -> ChunkCutter | None:
+    def _cutter(self, plan: MemoryPlan) -> ChunkCutter | None:
         if plan.everything:
             return None
         return ChunkCutter(
@@ -161,7 +161,6 @@ class Pass:
             self.pair.vocabulary,
             on_host=torch.device(self.settings.place).type != "cpu",
             processes=self.neighbours,
-            folder=saved.path.parent if saved is not None else None,
         )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -109,24 +108,12 @@ class DifferenceSums:
             for module in sorted(experts)
         }
 
-    @contextmanager
-    def undone_on_error(self, modules: Sequence[str]) -> Iterator[None]:
-        """What is added to these modules within is taken back if an error ends it, to the bit."""
-        undo = self.remember(modules)
-        try:
-            yield
-        except BaseException:
-            undo()
-            raise
-
-    def remember(self, modules: Sequence[str] | None = None) -> Callable[[], None]:
-        """A function that sets these modules' sums and counts, or all, to what they are now."""
-        remembered = [self.vector] if modules is None else [self.sums[module] for module in modules]
-        before, counts, tokens = [total.clone() for total in remembered], dict(self.counts), dict(self.expert_tokens)
+    def remember(self) -> Callable[[], None]:
+        """A function that sets sums and counts to what they are now."""
+        before, counts, tokens = self.vector.clone(), dict(self.counts), dict(self.expert_tokens)
 
         def undo() -> None:
-            for total, earlier in zip(remembered, before, strict=True):
-                total.copy_(earlier)
+            self.vector.copy_(before)
             self.counts, self.expert_tokens = counts, tokens
 
         return undo

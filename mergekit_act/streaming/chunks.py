@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from mergekit_act.abilities.batches import MicroBatch
 from mergekit_act.streaming.hidden import Place
@@ -29,17 +26,11 @@ class ChunkCutter:
         vocabulary: the most rows that a chunk can need.
         on_host: whether host memory is other memory than the device's.
         processes: that share this machine.
-        folder: where a file with hidden states can be.
     """
 
-    def __init__(
-        self, device_room: int, token_bytes: int, vocabulary: int, *, on_host: bool, processes: int, folder: Path | None
-    ) -> None:
+    def __init__(self, device_room: int, token_bytes: int, vocabulary: int, *, on_host: bool, processes: int) -> None:
         self._device_room, self._token_bytes, self._vocabulary = device_room, token_bytes, vocabulary
         self._host_room = host_memory(processes) // 2 if on_host else 0
-        folder = Path(tempfile.gettempdir()) if folder is None else folder.absolute()
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        self._file_room = shutil.disk_usage(existing).free // 2 // processes
         self._wanted = _FIRST_TOKENS
 
     def cut(self, batches: Sequence[MicroBatch]) -> tuple[int, Place]:
@@ -48,7 +39,6 @@ class ChunkCutter:
             # The rows of the token embeddings are always on the device.
             "device": self._device_room // 2 // self._token_bytes,
             "host": self._host_room // self._token_bytes,
-            "file": self._file_room // self._token_bytes,
         }
         on_device = self._device_room // self._token_bytes
         if on_device < self._vocabulary:
