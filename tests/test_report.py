@@ -21,9 +21,9 @@ from tiny import tiny_config
 from mergekit_act.artifacts import Mask, Profile, save_mask, save_profile
 from mergekit_act.channels import Layout, channel_layout
 from mergekit_act.cli import main
+from mergekit_act.groups import Groups
 from mergekit_act.report import draw_losses
 from mergekit_act.report.comparison import DENSITIES, load_comparison
-from mergekit_act.report.groups import Groups
 from mergekit_act.report.listings import head_module
 from mergekit_act.selection import make_mask
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from mergekit_act.abilities import AbilitiesFile, AbilitySamples, Tokenizers, collect_samples
 from mergekit_act.artifacts import Profile, save_profile
 from mergekit_act.files import check_free, check_writable, remove_leftovers
-from mergekit_act.profiling.activation import profile_pair
-from mergekit_act.profiling.controls import profile_without_data
+from mergekit_act.profiling.criteria import profile_pair, profile_without_data
 from mergekit_act.profiling.pair import ModelPair, open_pair
 from mergekit_act.profiling.settings import ProfilingSettings
 from mergekit_act.runs.folders import claimed

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mergekit_act.artifacts import Profile, load_profile
 from mergekit_act.channels import Layout
-from mergekit_act.report.groups import Groups
+from mergekit_act.groups import Groups
 from mergekit_act.report.parts import file_name
 from mergekit_act.selection import excluded_modules, rank_channels, validate_density
 from mergekit_act.wording import escape

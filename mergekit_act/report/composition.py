@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mergekit_act.groups import Groups, total
 from mergekit_act.report.canvas import can_draw, files_of
 from mergekit_act.report.comparison import Comparison, Pair
 from mergekit_act.report.figures import draw_heat_map
-from mergekit_act.report.groups import Groups, total
 from mergekit_act.report.listings import head_warning
 from mergekit_act.report.parts import UNION, Picture, Section
 from mergekit_act.report.tables import Row, Table

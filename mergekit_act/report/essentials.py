@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_act.artifacts import Mask, load_artifact
+from mergekit_act.groups import Groups, total
 from mergekit_act.report.comparison import Comparison, load_comparison
-from mergekit_act.report.groups import Groups, total
 from mergekit_act.report.listings import head_warning
 from mergekit_act.selection import describe_selection
 from mergekit_act.wording import escape, percent, shown_density
