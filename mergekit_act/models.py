@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin
 
 from mergekit_act.abilities import AbilitySamples
 from mergekit_act.checkpoints import Checkpoint
-from mergekit_act.wording import one_line
+from mergekit_act.wording import enumerate_some, one_line
 
 __all__ = ["broken_weight", "check_samples_fit", "load_model", "model_class"]
 
@@ -49,7 +49,7 @@ def load_model(
         raise ValueError(f"{checkpoint.reference} cannot be loaded by Transformers: {reason}") from error
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(f"{checkpoint.reference} lacks {', '.join(missing[:3])} ({len(missing)} tensors in all)")
+        raise ValueError(f"{checkpoint.reference} lacks {enumerate_some(missing, most=3)}")
     return model.eval()
 
 

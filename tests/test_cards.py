@@ -281,7 +281,7 @@ def test_names_cannot_leave_their_place_on_a_card(tmp_path):
         models = ({"model": name, "revision": "r)"}, {"model": name, "revision": None})
         made = Profile({"a": torch.ones(2)}, layout, "activation", name, *models, data=data)
         save_profile(made, tmp_path / f"{place}.safetensors")
-    text = write_folder_card(tmp_path).read_text(encoding="utf-8")
+    text = write_folder_card(tmp_path).files[0].read_text(encoding="utf-8")
     assert not [letter for letter in text if letter != "\n" and not letter.isprintable()]
     fenced = re.findall(r"^(````*)yaml\n(.*?)^\1\n", text, re.MULTILINE | re.DOTALL)
     assert len(fenced) == 1
@@ -470,10 +470,10 @@ def test_a_readme_of_others_is_left_alone_and_ours_keeps_what_they_add(work, tmp
     shutil.copy(work / "models" / "target" / "model.safetensors", tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text("# My project\n")
-    assert write_folder_card(tmp_path) is None
+    assert write_folder_card(tmp_path).files == ()
     assert readme.read_text() == "# My project\n"
     readme.unlink()
-    assert write_folder_card(tmp_path) == readme
+    assert write_folder_card(tmp_path).files == (readme,)
     text = readme.read_text(encoding="utf-8")
     assert "model.safetensors" not in text
     readme.write_text(text.replace("---\ntags:", "---\nlicense: mit\ntags:") + "\nBy hand.\n", encoding="utf-8")
@@ -484,7 +484,7 @@ def test_a_readme_of_others_is_left_alone_and_ours_keeps_what_they_add(work, tmp
     assert "license: mit" in again
     assert again.endswith("\nBy hand.\n")
     readme.write_text(again.replace("<!-- mergekit-act files: end -->", ""), encoding="utf-8")
-    assert write_folder_card(tmp_path) is None
+    assert write_folder_card(tmp_path).files == ()
     assert "README.md was left as it is" in caplog.text
 
 
@@ -523,7 +523,7 @@ def test_metadata_of_others_stays_or_is_refused(front, tmp_path, work, caplog):
     block = readme.read_text(encoding="utf-8").split("---\n", 2)[2]
     readme.write_text(f"---\n{front}---\n{block}", encoding="utf-8")
     before = readme.read_text(encoding="utf-8")
-    if write_folder_card(tmp_path) is None:
+    if not write_folder_card(tmp_path).files:
         assert readme.read_text(encoding="utf-8") == before
         assert "README.md was left as it is" in caplog.text
     else:
@@ -532,7 +532,7 @@ def test_metadata_of_others_stays_or_is_refused(front, tmp_path, work, caplog):
         others = {key: value for key, value in yaml.safe_load(front).items() if key != "tags"}
         assert {key: after[key] for key in others} == others
         again = readme.read_bytes()
-        assert write_folder_card(tmp_path)
+        assert write_folder_card(tmp_path).files
         assert readme.read_bytes() == again
 
 
@@ -615,9 +615,9 @@ def test_a_bad_neighbour_does_not_end_a_run(work, tmp_path, caplog):
         tmp_path / "b.safetensors",
     )
     save_mask(replace(mask, sources=()), tmp_path / "c.safetensors")
-    assert write_folder_card(tmp_path)
+    assert write_folder_card(tmp_path).files
     before = (tmp_path / "README.md").read_bytes()
-    assert write_folder_card(tmp_path)
+    assert write_folder_card(tmp_path).files
     assert (tmp_path / "README.md").read_bytes() == before
     text = before.decode()
     assert "&#60;!-- mergekit-act files: end -->&#124;x y" in text
@@ -630,7 +630,7 @@ def test_a_bad_neighbour_does_not_end_a_run(work, tmp_path, caplog):
     save_file({}, tmp_path / "f.safetensors", metadata=deep)
     save_file({}, tmp_path / "weights.safetensors")
     os.mkfifo(tmp_path / "pipe.safetensors")
-    assert write_folder_card(tmp_path)
+    assert write_folder_card(tmp_path).files
     assert (tmp_path / "README.md").read_bytes() == before
     assert 'd.safetensors is not a valid file of mergekit-act: its metadata lacks "target"' in caplog.text
     assert 'e.safetensors is not a valid file of mergekit-act: its "sources" are no list of objects' in caplog.text

@@ -15,6 +15,7 @@ from mergekit_act.artifacts import ArtifactError, ForeignFileError, load_metadat
 from mergekit_act.cards.markdown import (
     PAPER,
     Readme,
+    WrittenCard,
     add_values,
     block_of,
     fence,
@@ -54,7 +55,7 @@ def has_artifacts(folder: Path) -> bool:
     return any(_read(path) is not None for path in sorted(folder.glob("*.safetensors")))
 
 
-def write_folder_card(folder: Path) -> Path | None:
+def write_folder_card(folder: Path) -> WrittenCard:
     """Describe a folder's profiles and masks in its README.md, with metadata for the Hub.
 
     A README.md that is not of this function stays as it is, and of one that is, what others have written. The profiles
@@ -62,16 +63,13 @@ def write_folder_card(folder: Path) -> Path | None:
 
     Args:
         folder: with profiles or masks in it.
-
-    Returns:
-        The file, or None if a README.md is there that can't be continued.
     """
     path = folder / "README.md"
     try:
         before = read_readme(path)
         if before is not None and block_of(before.text, "files") is None:
             LOG.info("%s is not of mergekit-act: left as it is", path)
-            return None
+            return WrittenCard(())
         files = [file for found in sorted(folder.glob("*.safetensors")) if (file := _read(found)) is not None]
         sources = [source for file in files for source in file.sources]
         readme = before or Readme("", f"# {_title(sources)}\n")
@@ -79,8 +77,8 @@ def write_folder_card(folder: Path) -> Path | None:
         write_readme(path, readme.changed(_extended(readme.metadata, sources), text, path))
     except (ValueError, OSError, yaml.YAMLError) as error:
         LOG.warning("%s was left as it is: %s", path, error)
-        return None
-    return path
+        return WrittenCard(())
+    return WrittenCard((path,))
 
 
 def _read(path: Path) -> _File | None:

@@ -12,6 +12,7 @@ from mergekit_act.cards.markdown import (
     PAPER,
     TITLE,
     Readme,
+    WrittenCard,
     add_values,
     block_of,
     is_hub_dataset,
@@ -30,7 +31,7 @@ __all__ = ["write_finetuned_card"]
 LOG = logging.getLogger(__name__)
 
 
-def write_finetuned_card(model: FineTuned) -> Path:
+def write_finetuned_card(model: FineTuned) -> WrittenCard:
     """Write the model card, README.md.
 
     Raises:
@@ -64,7 +65,7 @@ def write_finetuned_card(model: FineTuned) -> Path:
     )
     card = Readme("", "").changed(metadata, text + _transferred(model.checkpoint.folder / "README.md"), path)
     write_atomically(path, card.encode(), overwrite=True)
-    return path
+    return WrittenCard((path,))
 
 
 def _transferred(card: Path) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "PAPER",
     "TITLE",
     "Readme",
+    "WrittenCard",
     "add_values",
     "block_of",
     "code",
@@ -44,6 +45,20 @@ __all__ = [
     "table",
     "write_readme",
 ]
+
+
+@dataclass(frozen=True)
+class WrittenCard:
+    """What was written of a card.
+
+    Attributes:
+        files: all that it wrote or found written; none if the README.md is somebody else's.
+        remarks: what is worth knowing.
+    """
+
+    files: tuple[Path, ...]
+    remarks: tuple[str, ...] = ()
+
 
 PAPER = "https://arxiv.org/abs/2601.09398"
 TITLE = "Ability Transfer and Recovery via Modularized Parameters Localization"

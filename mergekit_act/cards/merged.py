@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from mergekit.options import MergeOptions
 from mergekit_act.cards.instructions import Instructions
 from mergekit_act.cards.markdown import (
     Readme,
+    WrittenCard,
     add_values,
     block_of,
     is_hub_dataset,
@@ -33,24 +33,11 @@ from mergekit_act.files import write_atomically
 from mergekit_act.merging import is_ours
 from mergekit_act.yaml_files import read_yaml
 
-__all__ = ["WrittenCard", "write_merge_card"]
+__all__ = ["write_merge_card"]
 
 _CONFIG = "mergekit_config.yml"
 _PICTURE = "composition.png"
 _BEFORE = "## Merge Details"  # a heading of mergekit's
-
-
-@dataclass(frozen=True)
-class WrittenCard:
-    """What ``write_merge_card`` did.
-
-    Attributes:
-        files: all that it wrote or found written.
-        remarks: what is worth knowing.
-    """
-
-    files: tuple[Path, ...]
-    remarks: tuple[str, ...]
 
 
 def write_merge_card(

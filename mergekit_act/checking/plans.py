@@ -135,8 +135,7 @@ def _missing(plan: Plan) -> Iterator[str]:
             if absent and (model == plan.target or not tensor.weight.optional or model in tensor.chosen):
                 missing.setdefault(model, []).append(f'"{source.name}"')
     for model, names in missing.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        named = ", ".join(names[:3]) + more
+        named = enumerate_some(names, most=3)
         if plan.of_files:
             yield f"{model} has no tensor {named}, which another model has; say --tensor-intersection to leave it out"
         else:

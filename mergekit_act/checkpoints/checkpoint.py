@@ -28,7 +28,7 @@ from mergekit_act.channels import build_skeleton
 from mergekit_act.checkpoints.adapters import MergedModel
 from mergekit_act.checkpoints.headers import TensorHeader, read_headers
 from mergekit_act.checkpoints.references import local_folder, model_name, parse_reference, read_config
-from mergekit_act.wording import one_line, shorten
+from mergekit_act.wording import enumerate_some, one_line, shorten
 
 __all__ = ["Checkpoint", "merged_model", "open_checkpoint", "quantisation"]
 
@@ -63,7 +63,7 @@ class Checkpoint:
             raise ValueError(f"{self.folder} has no complete weight file ({reason}); fetch or save it again") from error
         missing = sorted({file for file in index.tensor_paths.values() if not (self.folder / file).is_file()})
         if missing:
-            raise FileNotFoundError(f"{self.folder} lacks {', '.join(missing[:10])}, which its index names")
+            raise FileNotFoundError(f"{self.folder} lacks {enumerate_some(missing)}, which its index names")
         single = "model.safetensors" if index.is_safetensors else "pytorch_model.bin"
         if (self.folder / single).is_file() and single not in index.tensor_paths.values():
             raise ValueError(

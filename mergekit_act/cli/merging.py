@@ -105,10 +105,10 @@ def card(
     named, merge_options = parse_check_arguments(arguments)
     folder = Path(named)
     if not (folder / "config.json").exists() and has_artifacts(folder):
-        readme = write_folder_card(folder)
-        if readme is None:
+        described = write_folder_card(folder)
+        if not described.files:
             raise ValueError(f"{folder / 'README.md'} is of somebody else; move it, and give the same command again")
-        echo(readme)
+        echo(*described.files)
         return
     with muted("mergekit_act.checking"):  # what it would warn of is in the summary
         written = write_merge_card(

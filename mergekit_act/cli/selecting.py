@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -167,8 +168,7 @@ def mask(
     if warning:
         echo(f"warning: {warning}", err=True)
     echo(list_mask(made))
-    readme = _describe(out.parent)
-    if readme is not None:
+    for readme in _describe(out.parent):
         echo(f"described for the Hub: {readme}")
 
 
@@ -200,11 +200,11 @@ class Retained:
         return Retention.of_files(self.retain, **given) if self.retain else None
 
 
-def _describe(folder: Path) -> Path | None:
+def _describe(folder: Path) -> Sequence[Path]:
     """Write a folder's card for the Hub; the working directory may be for other things, and gets none unasked."""
     from mergekit_act.cards.files import write_folder_card
 
-    return None if folder.resolve() == Path.cwd() else write_folder_card(folder)
+    return () if folder.resolve() == Path.cwd() else write_folder_card(folder).files
 
 
 @command()

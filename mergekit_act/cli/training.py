@@ -104,9 +104,9 @@ def _describe(model: FineTuned) -> list[Path]:
     from mergekit_act.cards.finetuned import write_finetuned_card
     from mergekit_act.report import can_draw, draw_losses
 
-    made = []
+    made: list[Path] = []
     if model.is_new or not (model.out / "README.md").exists():
-        made.append(write_finetuned_card(model))
+        made += write_finetuned_card(model).files
     pictures, losses = [model.out / "loss.svg", model.out / "loss.png"], model.losses()
     if losses and can_draw() and (model.is_new or not all(picture.exists() for picture in pictures)):
         made += draw_losses(losses, model.out / "loss")

@@ -11,6 +11,7 @@ from torch import nn
 from mergekit_act.channels import Layout, build_skeleton, layout_of_model
 from mergekit_act.checkpoints import Checkpoint, open_checkpoint
 from mergekit_act.selection import excluded_modules
+from mergekit_act.wording import enumerate_some
 
 __all__ = ["ModelPair", "open_pair"]
 
@@ -78,11 +79,10 @@ def open_pair(
     heads = [_vocabulary_parameters(model) for model in models]
     differences = layouts[0].differences(layouts[1], ignore_vocabulary=heads[0])
     if differences:
-        shown = "; ".join(differences[:10])
-        more = f"; and {len(differences) - 10} more" if len(differences) > 10 else ""
+        shown = enumerate_some(differences, "; ")
         raise ValueError(
             f"{target} ({first.config.model_type}) and {ability_model} ({second.config.model_type}) differ in their "
-            f"modules; ACT needs two models of one backbone: {shown}{more}"
+            f"modules; ACT needs two models of one backbone: {shown}"
         )
     if layouts[0].tied and not layouts[1].tied:
         raise ValueError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_act.files import write_atomically
+from mergekit_act.wording import enumerate_some
 
 __all__ = ["changed_settings", "keep_settings"]
 
@@ -26,7 +27,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         for name in (*new, *(name for name in old if name not in new))
         if old.get(name, ...) != new.get(name, ...)
     ]
-    return "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
+    return enumerate_some(changed, "; ", most=5)
 
 
 def keep_settings(path: Path, settings: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mergekit_act.checkpoints import Checkpoint
 from mergekit_act.streaming.segments import SegmentedModel
+from mergekit_act.wording import enumerate_some
 
 __all__ = ["Copier", "ModelWeights", "Stored"]
 
@@ -135,8 +136,8 @@ class ModelWeights:
             else:
                 present.append(one)
         if problems:
-            shown = "; ".join(sorted(problems)[:10])
-            raise ValueError(f"{self.checkpoint.reference} does not fit its config: {shown} ({len(problems)} in all)")
+            shown = enumerate_some(sorted(problems), "; ")
+            raise ValueError(f"{self.checkpoint.reference} does not fit its config: {shown}")
         return present
 
 

@@ -13,6 +13,7 @@ from mergekit_act.abilities.batches import MicroBatch
 from mergekit_act.channels import Layout, kind_pattern
 from mergekit_act.streaming.experts import ExpertOutput
 from mergekit_act.streaming.segments import Observer
+from mergekit_act.wording import enumerate_some
 
 __all__ = ["KeptOutput", "OutputForms"]
 
@@ -73,7 +74,7 @@ class OutputForms:
                 self.token_axes |= axes
                 self.changed_later |= {m for m in axes if outputs[m][0]._version != outputs[m][1]}
                 return
-        named = ", ".join(f'"{module}" {list(shape)}' for module, shape in list(unclear.items())[:10])
+        named = enumerate_some(f'"{module}" {list(shape)}' for module, shape in unclear.items())
         raise ValueError(
             f"{self._name}: the token positions in these outputs cannot be told: {named}. Leave them out with "
             + _exclude_options(list(unclear), self._layout.modules)
@@ -85,7 +86,7 @@ class OutputForms:
         if unseen:
             raise ValueError(
                 f"{self._name}: {len(unseen)} modules with channels put nothing out that can be observed: "
-                f"{', '.join(unseen[:10])}. Where text alone does not reach them, leave them out with --exclude, "
+                f"{enumerate_some(unseen)}. Where text alone does not reach them, leave them out with --exclude, "
                 f"such as {_exclude_options(unseen, self._layout.modules)}"
             )
 

@@ -17,6 +17,7 @@ from mergekit_act.profiling.settings import ProfilingSettings
 from mergekit_act.profiling.sums import DifferenceSums
 from mergekit_act.runs.processes import Processes
 from mergekit_act.runs.state import StateFile
+from mergekit_act.wording import enumerate_some
 
 __all__ = ["profile_pair"]
 
@@ -68,7 +69,7 @@ def _profile(pair: ModelPair, ability: AbilitySamples, sums: DifferenceSums, set
     if unscored:
         raise ValueError(
             f'ability "{ability.name}": {len(unscored)} modules with channels were not scored: '
-            f"{', '.join(unscored[:10])}"
+            f"{enumerate_some(unscored)}"
         )
     return Profile(
         scores=sums.means(),
