@@ -178,3 +178,21 @@ def test_masks_that_spare_abilities_say_so(pair_of, tmp_path):
     done = CliRunner().invoke(main, [*arguments, "--overwrite", "--retain-density", "0.5"])
     assert done.exit_code == 1
     assert "needs --retain PROFILE" in done.output
+
+
+def test_masks_are_made_without_mergekit(tmp_path):
+    """It takes as long to import as all the rest."""
+    save_profile(profile(), tmp_path / "p.safetensors")
+    command = [
+        "mask",
+        str(tmp_path / "p.safetensors"),
+        "-o",
+        str(tmp_path / "masks" / "m.safetensors"),
+        "--density",
+        "0.5",
+    ]
+    code = f"import sys\nfrom mergekit_act.cli import main\nmain({command!r}, standalone_mode=False)\n"
+    code += "print([name for name in ('mergekit', 'datasets') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "[]", done
+    assert (tmp_path / "masks" / "README.md").is_file()

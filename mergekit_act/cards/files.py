@@ -15,6 +15,7 @@ from mergekit_act.artifacts import ArtifactError, ForeignFileError, load_metadat
 from mergekit_act.cards.markdown import (
     PAPER,
     Readme,
+    Source,
     WrittenCard,
     add_values,
     block_of,
@@ -30,7 +31,6 @@ from mergekit_act.cards.markdown import (
     table,
     write_readme,
 )
-from mergekit_act.cards.masks import Source
 from mergekit_act.files import file_hash
 from mergekit_act.selection import describe_selection
 

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from mergekit_act.artifacts import Mask
-from mergekit_act.cards.masks import MaskFile, Source
+from mergekit_act.cards.markdown import Source
+from mergekit_act.cards.masks import MaskFile
 from mergekit_act.data.schema import AbilitiesFile, Ability
 from mergekit_act.versions import installed_versions
 from mergekit_act.wording import escape

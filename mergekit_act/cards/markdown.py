@@ -28,6 +28,7 @@ __all__ = [
     "PAPER",
     "TITLE",
     "Readme",
+    "Source",
     "WrittenCard",
     "add_values",
     "block_of",
@@ -62,6 +63,8 @@ class WrittenCard:
 
 PAPER = "https://arxiv.org/abs/2601.09398"
 TITLE = "Ability Transfer and Recovery via Modularized Parameters Localization"
+#: What a mask records of a profile that it was made of.
+Source = Mapping[str, Any]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergekit_act.artifacts import Mask, Profile, load_artifact
+from mergekit_act.cards.markdown import Source
 from mergekit_act.checking.summary import UsedMask
 from mergekit_act.files import file_hash
 from mergekit_act.merging import find_mask_files
 
-__all__ = ["MaskFile", "Source", "find_masks", "map_masks"]
-
-#: What a mask records of a profile that it was made of.
-Source = Mapping[str, Any]
+__all__ = ["MaskFile", "find_masks", "map_masks"]
 
 
 @dataclass(frozen=True)

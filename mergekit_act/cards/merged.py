@@ -16,6 +16,7 @@ from mergekit.options import MergeOptions
 from mergekit_act.cards.instructions import Instructions
 from mergekit_act.cards.markdown import (
     Readme,
+    Source,
     WrittenCard,
     add_values,
     block_of,
@@ -25,7 +26,7 @@ from mergekit_act.cards.markdown import (
     replace_block,
     write_readme,
 )
-from mergekit_act.cards.masks import MaskFile, Source, find_masks, map_masks
+from mergekit_act.cards.masks import MaskFile, find_masks, map_masks
 from mergekit_act.cards.results import read_results
 from mergekit_act.cards.transfer import describe_transfer
 from mergekit_act.checking.summary import CheckSummary, check_config

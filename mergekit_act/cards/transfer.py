@@ -13,6 +13,7 @@ from mergekit_act.cards.markdown import (
     HUB_ID,
     PAPER,
     TITLE,
+    Source,
     code,
     fence,
     link_dataset,
@@ -21,7 +22,7 @@ from mergekit_act.cards.markdown import (
     plain,
     table,
 )
-from mergekit_act.cards.masks import MaskFile, Source
+from mergekit_act.cards.masks import MaskFile
 from mergekit_act.checking.summary import CheckSummary
 from mergekit_act.checkpoints import model_name, parse_reference
 from mergekit_act.selection import describe_selection
