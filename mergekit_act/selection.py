@@ -1,4 +1,4 @@
-"""From scores to masks: ranking, density, union, exclusion, overlap. Pure functions."""
+"""From scores to masks: ranking, density, union, exclusion, what selections share."""
 
 from __future__ import annotations
 

@@ -96,10 +96,11 @@ def as_csv(rows: Iterable[Sequence[object]]) -> str:
 def show_bytes(size: float) -> str:
     """A size for people.
 
-    >>> show_bytes(1_530_000_000), show_bytes(12_000_000)
-    ('1.53 GB', '12 MB')
+    >>> show_bytes(1_530_000_000), show_bytes(999_600_000), show_bytes(12)
+    ('1.53 GB', '1 GB', '12 bytes')
     """
-    unit, name = next((unit for unit in ((1e12, "TB"), (1e9, "GB")) if size >= unit[0]), (1e6, "MB"))
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    unit, name = next((unit for unit in units if size >= 0.9995 * unit[0]), (1, "bytes"))
     return f"{size / unit:.3g} {name}"
 
 

@@ -54,7 +54,7 @@ def test_on_the_terminal(pair_of, tmp_path):
     assert lines["model.norm.weight"] == "1 0 32 copied"
     assert lines["model.layers.*.self_attn.sinks"] == "2 0 8 no channels: copied"
     assert lines["model.layers.*.mlp.experts.down_proj"].startswith("2 2 12,288 ")
-    assert "MB written" in result.output
+    assert "kB written" in result.output
 
 
 def test_no_weights_are_read(pair_of, tmp_path):

@@ -146,7 +146,7 @@ def write_readme(path: Path, content: str) -> None:
 
 
 def _edited(front: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """A YAML block with some keys changed; others, comments and quotes stay as they are."""
+    """A YAML block with some keys changed; other values, comments and quotes stay, lines may be laid out anew."""
     if not before:
         return front + _dumped(after)
     editor = YAML()
@@ -174,7 +174,15 @@ def _quoted(value: Any) -> Any:
         return [_quoted(item) for item in value]
     if isinstance(value, dict):
         return {key: _quoted(item) for key, item in value.items()}
-    return SingleQuotedScalarString(value) if isinstance(value, str) and yaml.safe_load(value) != value else value
+    return SingleQuotedScalarString(value) if isinstance(value, str) and not _is_plain(value) else value
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text is itself in YAML without quotes."""
+    try:
+        return bool(yaml.safe_load(text) == text)
+    except (yaml.YAMLError, ValueError):
+        return False
 
 
 def _dumped(values: Mapping[str, Any]) -> str:

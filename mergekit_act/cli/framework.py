@@ -86,7 +86,7 @@ class _Lines(logging.Formatter):
 
 def _of_rank() -> str:
     """Which of several processes says it."""
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):
         return ""
     from mergekit_act.runs.processes import rank_and_count
 

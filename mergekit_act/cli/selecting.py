@@ -81,7 +81,8 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
 def profile(abilities_file: Path, out_dir: Path, overwrite: bool, settings: ProfilingSettings) -> None:
     """Score every channel of a pair.
 
-    Writes one profile per ability of ABILITIES.yml to OUT_DIR, and a README.md for the Hub.
+    Writes one profile per ability of ABILITIES.yml to OUT_DIR, and a README.md for the Hub, except in the working
+    directory.
 
     A run that is interrupted, even killed, goes on when the same command is given again; with other settings it is
     refused, and --overwrite starts anew. With several GPUs:
@@ -153,13 +154,15 @@ def mask(
 ) -> None:
     """Select the top channels of profiles.
 
-    Keeps the top channels of each PROFILE and writes their union as a mask, and beside it a README.md for the Hub, but
-    in the working directory.
+    Keeps the top channels of each PROFILE and writes their union as a mask, and beside it a README.md for the Hub,
+    except in the working directory.
     """
+    from mergekit_act.files import check_free
     from mergekit_act.report import list_mask
     from mergekit_act.report.listings import head_warning
     from mergekit_act.selection import write_mask
 
+    check_free([out], overwrite=overwrite)  # before profiles are read
     made = write_mask(profiles, out, density, exclude=exclude, retain=retained.load(), overwrite=overwrite)
     selected = {module: int(chosen.sum()) for module, chosen in made.channels.items()}
     warning = head_warning(

@@ -86,17 +86,17 @@ def finetune(
     from mergekit_act.abilities import load_abilities
     from mergekit_act.finetuning import finetune
     from mergekit_act.report import check_drawing
-    from mergekit_act.runs.processes import rank_and_count
+    from mergekit_act.runs.processes import end_process, rank_and_count
 
     check_drawing()  # before hours of work
     done = finetune(model, load_abilities(abilities_file), out, recipe, settings, names=names, overwrite=overwrite)
-    if rank_and_count()[0] > 0:
-        return
-    made = _describe(done)
-    if not made and not done.is_new:
-        raise FileExistsError(f"{out} is finished already. Choose another folder or say --overwrite.")
-    for path in (out, out / "loss.csv", *made[1:]) if done.is_new else made:  # the card is part of the model
-        echo(path)
+    if rank_and_count()[0] == 0:
+        made = _describe(done)
+        if not made and not done.is_new:
+            raise FileExistsError(f"{out} is finished already. Choose another folder or say --overwrite.")
+        for path in (out, out / "loss.csv", *made[1:]) if done.is_new else made:  # the card is part of the model
+            echo(path)
+    end_process()
 
 
 def _describe(model: FineTuned) -> list[Path]:

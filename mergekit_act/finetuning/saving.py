@@ -1,4 +1,4 @@
-"""What a trained model is saved with, all of it tried before the training: what fails then costs minutes, not hours."""
+"""What a trained model is saved with, all tried before the training: what fails then costs minutes, not hours."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Saving:
     generation: GenerationConfig | None = None
 
     def try_out(self, model: Any, folder: Path) -> None:
-        """Save everything but the weights, and remove it again.
+        """Save everything but the weights and the card, which a rerun makes if it is missing, and remove it again.
 
         A generation config that Transformers would not write is taken from the model; its file will be copied.
 

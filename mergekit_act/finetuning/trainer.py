@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ def build_settings(recipe: Recipe, folder: Path, *, accumulate: int, save_steps:
             save_steps=save_steps or 500,
             save_total_limit=2,  # should the last one turn out to have diverged
             report_to="none",
-            disable_tqdm=quiet,
+            disable_tqdm=quiet or not sys.stderr.isatty(),
             use_cpu=device == "cpu",
             dataloader_pin_memory=device != "cpu",
         )

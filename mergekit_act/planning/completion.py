@@ -86,7 +86,7 @@ def plan_left_out(
     Returns:
         Tensors that have no place, where slices change the number of layers.
     """
-    plan = _Plan(calls, base, checkpoint)
+    plan = _Planned(calls, base, checkpoint)
     done = {weight.name for weight, _ in planned(planner)}
     for call in calls:
         source = call.sources.get(base)
@@ -119,7 +119,7 @@ def _plan(planner: Any, weight: WeightInfo, sources: dict[ModelReference, Weight
     planned(planner).append((weight, task.model_copy(update={"output_weight": weight})))
 
 
-class _Plan:
+class _Planned:
     """What a plan takes from the target's files, and where in the output its layers are."""
 
     def __init__(self, calls: Sequence[PlannedCall], base: ModelReference, checkpoint: Checkpoint) -> None:

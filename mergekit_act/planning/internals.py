@@ -134,6 +134,8 @@ REQUIRED: Mapping[str, tuple[Name, ...]] = {
             "mergekit.io.tasks",
             "GatherTensors.weight_info",
             "GatherTensors.dtype",
+            "LoadTensor.model",
+            "LoadTensor.dtype",
             "LoadTensor.device",
             "LoadTensor._resolve_name(self, loader)",
         ),
@@ -182,7 +184,9 @@ REQUIRED: Mapping[str, tuple[Name, ...]] = {
             "SimpleLoadTensor.tensor_name",
         ),
         *_names("mergekit.merge_methods.task_adapter", "TensorDictWrapper.tensors"),
-        *_names("mergekit.io.tasks", "SaveTensor.tensor_task", "FinalizeModel.tensor_save_tasks"),
+        *_names(
+            "mergekit.io.tasks", "SaveTensor.tensor_name", "SaveTensor.tensor_task", "FinalizeModel.tensor_save_tasks"
+        ),
     ),
 }
 

@@ -32,8 +32,6 @@ from mergekit_act.wording import enumerate_some, escape, one_line, shorten
 
 __all__ = ["MergeConfigError", "wrap_flat_planner", "wrap_merge", "wrap_multimerge", "wrap_planner"]
 
-Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
-
 
 class MergeConfigError(click.ClickException, ValueError):
     """A merge that would fail or do something else than it says; mergekit's commands print it and exit with 1."""

@@ -118,6 +118,7 @@ class Engine:
                 moved = step(work, tuple(hidden.take(key) for key in keys))
                 for key, tensor in zip(keys, moved or (), strict=False):
                     hidden.put(key, tensor)
+                del moved
                 on_progress(work.batch.tokens * share)
 
         self._weights.fetch()

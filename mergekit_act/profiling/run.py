@@ -100,6 +100,8 @@ def _profile_by_data(
     with claimed(out_dir / _STATE) if processes.rank == 0 else nullcontext():
         state = _own_state(out_dir, processes)
         if processes.rank == 0:
+            if not any(is_complete(found) for found in _states(out_dir)):
+                check_free(paths, overwrite=overwrite)  # again: another run may have ended since
             for found in _states(out_dir):
                 check_settings(found, settings.identity(pair, abilities, processes), overwrite=overwrite)
         processes.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, distributed
 
-__all__ = ["Processes", "join_processes", "rank_and_count"]
+__all__ = ["Processes", "end_process", "join_processes", "rank_and_count"]
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,20 @@ class Processes:
                 distributed.barrier(group=self.group)
 
 
+def end_process() -> None:
+    """End this process at once, if it is one of several that have nothing left to do.
+
+    Python's own way ends threads of a process group that is still open, and PyTorch aborts now and then when it does.
+    """
+    if rank_and_count()[1] > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def rank_and_count() -> tuple[int, int]:
     """This process's number among those that a launcher started, and how many they are; 0 and 1 without a launcher."""
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
 
