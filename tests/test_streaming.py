@@ -123,7 +123,7 @@ def test_budgets_on_the_command_line(pair_of, sums_file, abilities_yml, tmp_path
     assert run.exit_code == 1
     assert re.search(
         r"a layer of both models, or a slice of their heads, and a micro-batch of \d+ tokens need about ([\d.]+ MB) on "
-        r"cpu; --memory-budget says 0.1 MB. Say a smaller --batch-tokens, or a --memory-budget above \1\n",
+        r"cpu; --memory-budget says 100 kB. Say a smaller --batch-tokens, or a --memory-budget above \1\n",
         run.output,
     )
     assert not (tmp_path / "out").exists()
