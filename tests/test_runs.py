@@ -11,14 +11,19 @@ import termios
 from contextlib import suppress
 
 import pytest
+import yaml
 from click.testing import CliRunner
+from merges import act_config
 
+from mergekit_act.artifacts import save_profile
 from mergekit_act.cli import main
+from mergekit_act.profiling import open_pair, profile_without_data
 from mergekit_act.runs.folders import claimed, lock_of
 
 
 @pytest.mark.parametrize(
-    ("command", "claim"), [("profile", "profile.state"), ("evaluate", "r.json"), ("finetune", "finetune.json")]
+    ("command", "claim"),
+    [("profile", "profile.state"), ("evaluate", "r.json"), ("sweep", "sweep.json"), ("finetune", "finetune.json")],
 )
 def test_the_second_run_is_refused(pair_of, abilities_yml, sums_file, tmp_path, command, claim):
     target, ability = pair_of("qwen2")
@@ -26,9 +31,13 @@ def test_the_second_run_is_refused(pair_of, abilities_yml, sums_file, tmp_path, 
         target, ability, sums_file, ability_keys="    prompt: q\n    answer: a\n    evaluate: {samples: 4}\n"
     )
     out = tmp_path / "out"
+    save_profile(profile_without_data(open_pair(str(target), str(ability)), "random"), tmp_path / "p.safetensors")
+    mask = {"mask": str(tmp_path / "p.safetensors"), "mask_density": 0.1, "weight": 1.0}
+    (tmp_path / "act.yml").write_text(yaml.safe_dump(act_config(target, (ability, mask))))
     arguments = {
         "profile": [path, out],
         "evaluate": [target, "--abilities", path, "--json", out / "r.json", "--no-generate"],
+        "sweep": [tmp_path / "act.yml", path, out, "--density", "0.1", "--weight", "0.5", "--no-generate"],
         "finetune": [target, path, out],
     }[command]
     with claimed(out / claim):

@@ -73,12 +73,13 @@ def evaluate(
     check_free(outputs.values(), overwrite=overwrite)
     for path in outputs.values():
         check_writable(path.parent)
+    abilities = load_abilities(file)
     done = None
     try:
         with ExitStack() as claims:
             for path in outputs.values():
                 claims.enter_context(claimed(path))
-            for evaluation in run_evaluation(models, load_abilities(file), names or None, settings):
+            for evaluation in run_evaluation(models, abilities, names or None, settings):
                 _write(evaluation, outputs)
                 done = evaluation
     finally:  # what is measured is told, also if a later model fails

@@ -105,6 +105,8 @@ def card(
     named, merge_options = parse_check_arguments(arguments)
     folder = Path(named)
     if not (folder / "config.json").exists() and has_artifacts(folder):
+        if evaluation is not None or evaluated_as is not None:
+            raise ValueError(f"{folder} holds profiles and masks; --evaluation is of merged models")
         described = write_folder_card(folder)
         if not described.files:
             raise ValueError(f"{folder / 'README.md'} is of somebody else; move it, and give the same command again")

@@ -21,13 +21,13 @@ def claimed(path: Path) -> Iterator[None]:
     """Within, no other process claims this path; a process that is killed leaves no claim behind.
 
     Args:
-        path: the file by which a run's work is known, such as its state; its folder is made if need be, and removed
-            again if nothing was written to it.
+        path: the file by which a run's work is known, such as its state; its folders are made if need be, and removed
+            again if nothing was written to them.
 
     Raises:
         BlockingIOError: another run claims it.
     """
-    made = not path.parent.exists()
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_of(path), timeout=0)
     try:
@@ -41,6 +41,6 @@ def claimed(path: Path) -> Iterator[None]:
     finally:
         lock_of(path).unlink(missing_ok=True)
         lock.release()
-        if made:
-            with suppress(OSError):
-                path.parent.rmdir()
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
