@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mergekit_act.abilities.batches import MicroBatch, cut_batches
 from mergekit_act.profiling import open_pair
 from mergekit_act.profiling.engine import Engine, Work
-from mergekit_act.profiling.sums import DifferenceSums
+from mergekit_act.profiling.sums import ChannelSums
 from mergekit_act.streaming.hidden import HiddenStates
 from mergekit_act.streaming.loading import ModelWeights
 from mergekit_act.streaming.memory import MemoryPlan
@@ -64,7 +64,7 @@ def main(model: str, device: str, dtype: str, samples: int, tokens: int, batch_t
 
         def profile() -> None:
             with engine.observing():
-                sums = DifferenceSums(pair.layout, device)
+                sums = ChannelSums(pair.layout, device)
                 for batch in batches:
                     engine.run([Work(batch, sums)], HiddenStates("device", device))
 

@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 _KEY = "mergekit_act"
+_DAMAGE = "damage."  # stands before a module's name
 
 
 class ArtifactError(ValueError):
@@ -61,10 +62,11 @@ class Profile:
     """The scores of every channel for one pair of models and one ability.
 
     Attributes:
-        scores: module -> float32 ``[channels]`` (``[experts, channels]`` for fused experts): the mean over all answer
-            tokens of the absolute difference of the two models' activations (paper eq. 2), in module order.
+        scores: module -> float32 ``[channels]`` (``[experts, channels]`` for fused experts), in module order. Of
+            ``activation``: the mean over all answer tokens of the absolute difference of the two models' activations
+            (paper eq. 2); of ``attribution``, signed: what the loss falls by, to first order, in nats per answer token.
         layout: what each channel owns.
-        criterion: ``activation``, ``weight`` or ``random``.
+        criterion: ``activation``, ``local``, ``attribution``, ``weight`` or ``random``.
         ability: the ability's name.
         target: the target model: ``model``, ``revision``, ``fingerprint``.
         ability_model: the ability model, likewise.
@@ -74,6 +76,7 @@ class Profile:
         data: resolved data settings and the fingerprint of the token ids.
         shared_rows: module -> number of its leading channels that both models have, for vocabularies of different
             length. The channels behind are never selected.
+        damage: of ``attribution``, likewise: what the loss rises by, to second order, where the target is good.
     """
 
     scores: Mapping[str, Tensor]
@@ -87,6 +90,7 @@ class Profile:
     dtype: str = "float32"
     data: Mapping[str, Any] = field(default_factory=dict)
     shared_rows: Mapping[str, int] = field(default_factory=dict)
+    damage: Mapping[str, Tensor] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
         """Where it comes from, as masks record it: models, samples, data settings."""
@@ -122,7 +126,7 @@ class Mask:
 
 
 _PROVENANCE = {
-    "profile": tuple(n for n in Profile.__dataclass_fields__ if n not in ("scores", "layout")),
+    "profile": tuple(n for n in Profile.__dataclass_fields__ if n not in ("scores", "damage", "layout")),
     "mask": tuple(n for n in Mask.__dataclass_fields__ if n not in ("channels", "layout")),
 }
 
@@ -135,8 +139,10 @@ def save_profile(profile: Profile, path: str | Path, *, overwrite: bool = False)
             contradicts them.
         FileExistsError: the file exists and ``overwrite`` is false.
     """
-    _check(profile_problems(profile.scores, profile.layout, profile.criterion, profile.shared_rows), path)
-    _save("profile", profile, profile.scores, path, overwrite)
+    scores, damage = profile.scores, profile.damage
+    _check(profile_problems(scores, damage, profile.layout, profile.criterion, profile.shared_rows), path)
+    tensors = dict(scores) | {_DAMAGE + module: tensor for module, tensor in damage.items()}
+    _save("profile", profile, tensors, path, overwrite)
 
 
 def save_mask(mask: Mask, path: str | Path, *, overwrite: bool = False) -> None:
@@ -183,16 +189,20 @@ def load_artifact(path: str | Path) -> Profile | Mask:
     metadata, tensors = _read(path)
     layout = _layout_from(metadata)
     order = {module: place for place, module in enumerate(layout.parameters)}
-    ordered = {module: tensors[module] for module in sorted(tensors, key=lambda module: order.get(module, -1))}
     kind = metadata["kind"]
+    signed = kind == "profile" and metadata["criterion"] == "attribution"
+    damage = {name for name in tensors if signed and name.startswith(_DAMAGE) and name not in order}
+    ordered = {module: tensors[module] for module in sorted(set(tensors) - damage, key=lambda m: order.get(m, -1))}
     known = {name: metadata[name] for name in _PROVENANCE[kind] if name in metadata}
     if kind == "mask":
         known["sources"] = tuple(known.get("sources", ()))
         mask = Mask(channels=ordered, layout=layout, **known)
         problems = mask_problems(ordered, layout, mask.counts)
     else:
+        known["damage"] = {m: tensors[_DAMAGE + m] for m in order if _DAMAGE + m in damage}
         profile = Profile(scores=ordered, layout=layout, **known)
-        problems = profile_problems(ordered, layout, profile.criterion, profile.shared_rows)
+        problems = profile_problems(ordered, profile.damage, layout, profile.criterion, profile.shared_rows)
+        problems += [f'"{name}" is of no module' for name in damage if name.removeprefix(_DAMAGE) not in order]
     if metadata["format_version"] > 1 and metadata["checksum"] != checksum(tensors):
         problems.append("its tensors are not those that were written, their checksum is another")
     _check(problems, path)

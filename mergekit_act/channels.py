@@ -216,7 +216,7 @@ def is_router(module: nn.Module) -> bool:
     return named is not None and isinstance(weight, nn.Parameter) and weight.ndim == 2
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() and isinstance(weight, nn.Parameter) and weight.ndim == 1
 
@@ -232,7 +232,7 @@ def _channel_axes(module: nn.Module) -> Iterator[tuple[str, tuple[tuple[str, int
         yield "", (("weight", 1), *with_bias)
     elif isinstance(module, nn.Linear) and weight is not None and weight.ndim == 2:
         yield "", (("weight", 0), *with_bias)
-    elif _is_norm(module) or is_router(module):
+    elif is_norm(module) or is_router(module):
         # A router's bias shifts the same logits as its row, so it goes with it.
         yield "", (("weight", 0), *with_bias)
     elif is_expert_weight(module):

@@ -33,7 +33,7 @@ KINDS = ("profile", "mask")
 
 _DEEPEST = 50  # what YAML files may have, and so the data settings in the metadata
 _LARGEST = 2**53
-_CRITERIA = ("activation", "weight", "random")
+_CRITERIA = ("activation", "local", "attribution", "weight", "random")
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -254,18 +254,28 @@ def _shape_problems(module: str, owned: list[Any], shapes: Mapping[str, list[int
 
 
 def profile_problems(
-    scores: Mapping[str, Tensor], layout: Layout, criterion: str, shared_rows: Mapping[str, int]
+    scores: Mapping[str, Tensor],
+    damage: Mapping[str, Tensor],
+    layout: Layout,
+    criterion: str,
+    shared_rows: Mapping[str, int],
 ) -> list[str]:
     """How a profile's tensors contradict what it says of them."""
     found = [f'module "{module}" has no scores' for module in layout.modules if module not in scores]
     if criterion not in _CRITERIA:
         found.append(f'criterion "{criterion}" is none of {", ".join(_CRITERIA)}')
-    for module, own in scores.items():
-        found += _tensor_problems(layout, module, own, torch.float32)
-        if own.dtype == torch.float32 and not torch.isfinite(own).all():
-            found.append(f'module "{module}" has scores that are NaN or infinite')
-        elif own.dtype == torch.float32 and (own < 0).any():
-            found.append(f'module "{module}" has negative scores')
+    signed = criterion == "attribution"
+    if signed:
+        found += [f'module "{module}" has no damage' for module in layout.modules if module not in damage]
+    elif damage:
+        found.append(f"it has damage, which the criterion {criterion} has not")
+    for what, tensors in (("scores", scores), ("damage", damage)):
+        for module, own in tensors.items():
+            found += _tensor_problems(layout, module, own, torch.float32)
+            if own.dtype == torch.float32 and not torch.isfinite(own).all():
+                found.append(f'module "{module}" has {what} that are NaN or infinite')
+            elif own.dtype == torch.float32 and (own < 0).any() and not (signed and what == "scores"):
+                found.append(f'module "{module}" has negative {what}')
     for module, rows in shared_rows.items():
         if module not in scores:
             found.append(f'shared_rows name "{module}", which is none of its modules')

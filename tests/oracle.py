@@ -110,6 +110,100 @@ def plain_experts(
     }
 
 
+def plain_attribution(
+    target: Path, ability: Path, samples: Sequence[tuple[list[int], list[bool]]], layout: Layout, point: float = 0.0
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Attribution and damage by gradients of the weights: a whole model, untied, one sample at a time.
+
+    Moving the weights that a channel owns by Δ changes the loss to first order by the product of Δ and their gradient.
+    """
+    model, other = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (target, ability)
+    )
+    theirs = {name: parameter.detach() for name, parameter in other.named_parameters(remove_duplicate=False)}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        owner, _, attribute = name.rpartition(".")
+        own = torch.nn.Parameter(parameter.detach().clone())
+        setattr(model.get_submodule(owner), attribute, own)
+    changes = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            rows = min(len(parameter), len(theirs[name]))
+            changes[name] = torch.zeros_like(parameter)
+            changes[name][:rows] = theirs[name][:rows] - parameter[:rows]
+            parameter += point * changes[name]
+    gains: dict[str, torch.Tensor] = {}
+    damages: dict[str, torch.Tensor] = {}
+    answers = 0
+    for ids, is_answer in samples:
+        places = [t for t, answer in enumerate(is_answer) if answer and t > 0]
+        answers += len(places)
+        tokens = torch.tensor([ids])
+        logits = model(input_ids=tokens, use_cache=False).logits[0]
+        loss = -logits.float().log_softmax(-1)[[t - 1 for t in places], [ids[t] for t in places]].sum()
+        model.zero_grad()
+        loss.backward()
+        for module in layout.modules:
+            effect: torch.Tensor | float = 0.0
+            for name, axis in layout.parameters[module]:
+                gradient = model.get_parameter(name).grad
+                product = (gradient * changes[name]).double()
+                kept = {0, axis} if len(layout.channel_shape(module)) == 2 else {axis}
+                others = [d for d in range(product.ndim) if d not in kept]
+                effect = effect + (product.sum(others) if others else product)
+            gains[module] = gains.get(module, 0) - effect
+            damages[module] = damages.get(module, 0) + effect**2 / 2
+    return {m: g / answers for m, g in gains.items()}, {m: d / answers for m, d in damages.items()}
+
+
+def plain_local(
+    target: Path, ability: Path, samples: Sequence[tuple[list[int], list[bool]]], modules: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Mean absolute difference of both models' modules for the inputs that the target's receive, at answer tokens."""
+    model, other = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (target, ability)
+    )
+    sums: dict[str, torch.Tensor] = {}
+    is_answer: list[bool] = []
+
+    def compare(_module, arguments, keywords, output, *, name):
+        with torch.no_grad():
+            changed = other.get_submodule(name).double()(*_doubled(arguments), **_doubled(keywords))
+            same = model.get_submodule(name).double()(*_doubled(arguments), **_doubled(keywords))
+            model.get_submodule(name).float()
+        if name == "lm_head":
+            changed, same = changed - changed.mean(-1, keepdim=True), same - same.mean(-1, keepdim=True)
+        rows = _at((changed - same).abs(), len(is_answer), [t for t, answer in enumerate(is_answer) if answer])
+        sums[name] = sums.get(name, 0) + rows.sum(0)
+        counts[name] = counts.get(name, 0) + len(rows)
+
+    counts: dict[str, int] = {}
+    busy: set[str] = set()
+    for name in modules:
+
+        def hook(module, arguments, keywords, output, name=name):
+            if name not in busy:
+                busy.add(name)
+                compare(module, arguments, keywords, output, name=name)
+                busy.remove(name)
+
+        model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        for ids, is_answer[:] in samples:
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+def _doubled(values):
+    if isinstance(values, dict):
+        return {name: _doubled(value) for name, value in values.items()}
+    if isinstance(values, tuple):
+        return tuple(map(_doubled, values))
+    return values.double() if isinstance(values, torch.Tensor) and values.is_floating_point() else values
+
+
 def _at(output: torch.Tensor, length: int, positions: list[int]) -> torch.Tensor:
     if length not in output.shape[:-1]:  # batch, positions and heads are one dimension
         output = output.reshape(length, -1, output.shape[-1])

@@ -159,7 +159,7 @@ def test_a_run_that_was_ended_while_it_wrote_profiles_writes_them(two_abilities,
         CliRunner().invoke(main, ["profile", str(two_abilities), str(out), *SETTINGS])
     assert sorted(path.name for path in out.iterdir()) == ["one.safetensors", "profile.state"]
     first = (out / "one.safetensors").read_bytes()
-    monkeypatch.setattr("mergekit_act.profiling.engine.Engine.run", None)  # nothing is computed again
+    monkeypatch.setattr("mergekit_act.profiling.engine.ForwardEngine.run", None)  # nothing is computed again
     run = CliRunner().invoke(main, ["profile", str(two_abilities), str(out), *SETTINGS])
     assert run.exit_code == 0, run.output
     assert (out / "one.safetensors").read_bytes() == first
@@ -169,7 +169,7 @@ def test_a_run_that_was_ended_while_it_wrote_profiles_writes_them(two_abilities,
 @pytest.mark.parametrize("where", ["closing", "restoring"])
 def test_an_interruption_between_chunks_counts_none_twice(pair_of, tmp_path, monkeypatch, where):
     """After a chunk is added up, and a second one while a broken chunk is taken back."""
-    from mergekit_act.profiling.sums import DifferenceSums
+    from mergekit_act.profiling.sums import ChannelSums
     from mergekit_act.streaming.hidden import HiddenStates
 
     pair = open_pair(*map(str, pair_of("qwen2")))
@@ -197,7 +197,7 @@ def test_an_interruption_between_chunks_counts_none_twice(pair_of, tmp_path, mon
             patched.setattr(HiddenStates, "close", interrupted)
         else:
             stop_after(patched, 4, KeyboardInterrupt())
-            patched.setattr(DifferenceSums, "remember", half_undone)
+            patched.setattr(ChannelSums, "remember", half_undone)
         with pytest.raises(KeyboardInterrupt):
             profile_pair(pair, abilities, ProfilingSettings(save_every=0, **settings), state=state)
     (went_on,) = profile_pair(pair, abilities, ProfilingSettings(**settings), state=state)

@@ -42,11 +42,26 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
 @click.argument("out_dir", metavar="OUT_DIR", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
     "--criterion",
-    type=click.Choice(["activation", "weight", "random"]),
+    type=click.Choice(["activation", "local", "attribution", "weight", "random"]),
     default="activation",
     show_default=True,
-    help="activation: difference of activations on the samples. Controls without data: weight (l2 norm of the change "
-    "of what a channel owns), random.",
+    help="activation: difference of the models' activations on the samples, as in the paper. local: change of a "
+    "channel's output in the target when its weights move. attribution: what the loss of the answers then falls by, "
+    "and what it costs abilities to keep. Controls without data: weight (l2 norm of the change of what a channel "
+    "owns), random.",
+)
+@click.option(
+    "--points",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="For --criterion attribution: average so many points on the line from the target to the ability model.",
+)
+@click.option(
+    "--center-logits/--no-center-logits",
+    default=None,
+    help="Take off from a token's differences of logits their mean, which softmax ignores.  [default: only for "
+    "--criterion local]",
 )
 @click.option("--device", help="Where the models run, such as cuda or cpu.  [default: the accelerator, if any]")
 @options.dtype

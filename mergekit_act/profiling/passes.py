@@ -12,10 +12,10 @@ import torch
 from tqdm import tqdm
 
 from mergekit_act.abilities.batches import MicroBatch
-from mergekit_act.profiling.engine import Engine, Work, activation_bytes
+from mergekit_act.profiling.engine import Engine, Work, working_bytes
 from mergekit_act.profiling.pair import ModelPair
 from mergekit_act.profiling.settings import ProfilingSettings
-from mergekit_act.profiling.sums import DifferenceSums, restore, scratch_bytes, store
+from mergekit_act.profiling.sums import ChannelSums, restore, scratch_bytes, store
 from mergekit_act.runs.state import StateFile
 from mergekit_act.streaming.chunks import ChunkCutter
 from mergekit_act.streaming.hidden import HiddenStates, Place
@@ -38,6 +38,7 @@ class Pass:
     """One process's share of a run.
 
     Attributes:
+        engine: the criterion's.
         pair: the models.
         settings: how they run, resolved.
         batches: the micro-batches, each with the place of its ability.
@@ -45,13 +46,14 @@ class Pass:
         neighbours: how many processes share this machine.
     """
 
+    engine: type[Engine]
     pair: ModelPair
     settings: ProfilingSettings
     batches: Sequence[tuple[int, MicroBatch]]
     names: Sequence[str]
     neighbours: int
 
-    def run(self, every_sums: Sequence[DifferenceSums], saved: StateFile | None) -> None:
+    def run(self, every_sums: Sequence[ChannelSums], saved: StateFile | None) -> None:
         """Add up the differences of all micro-batches that a saved state does not have yet.
 
         Args:
@@ -62,30 +64,55 @@ class Pass:
             ValueError: the memory does not hold a layer of both models and one micro-batch, a module's output can't be
                 observed, or activations are NaN or infinite.
         """
-        done, total = restore(every_sums, saved) if saved is not None else 0, len(self.batches)
-        if done == total:
-            return
+        points = self.settings.line_points if self.engine.by_differences else (None,)
+        done = restore(every_sums, saved) if saved is not None else 0
+        total = len(points) * len(self.batches)
+        reached = done
+        with _kept_on_error(saved, every_sums, total) as note:
+            note(done)
+            for place, point in enumerate(points):
+                end = (place + 1) * len(self.batches)
+                if reached < end:
+                    self._run(point, every_sums, saved, note, (reached, end, total))
+                    reached = end
+
+    def _run(
+        self,
+        point: float | None,
+        every_sums: Sequence[ChannelSums],
+        saved: StateFile | None,
+        note: Callable[[int | None], None],
+        progress_of: tuple[int, int, int],
+    ) -> None:
+        """All micro-batches with the models at one point of the line between them."""
+        done, end, total = progress_of
         device, dtype = self.settings.place, self.settings.torch_dtype
-        with self._settled() as (weights, plan):
+        first = end - len(self.batches)
+        with self._settled(point) as (weights, plan):
             cutter = self._cutter(plan)
-            engine = Engine(weights, self.pair.layout, self.pair.vocabulary, device, self._most_tokens)
-            with (
-                engine.observing(),
-                _progress(self.batches, done, plan, len(weights.pieces), self.settings.quiet) as progress,
-                _kept_on_error(saved, every_sums, total) as reached,
-            ):
+            weights.route = self.engine.route(weights.pieces)
+            engine = self.engine(
+                weights,
+                self.pair.layout,
+                self.pair.vocabulary,
+                device,
+                self._most_tokens,
+                center_logits=self.settings.center_logits or False,
+            )
+            shown = _progress(self.batches, done, total, plan, len(weights.pieces), self.settings.quiet)
+            with engine.observing(), shown as progress:
                 saved_at = time.monotonic()
-                reached(done)
-                while done < total:
-                    count, place = _WHOLE if cutter is None else cutter.cut([b for _, b in self.batches[done:]])
+                while done < end:
+                    left = self.batches[done - first :]
+                    count, place = _WHOLE if cutter is None else cutter.cut([b for _, b in left])
                     started, waited = time.monotonic(), weights.waited
                     hidden = HiddenStates(place, device)
-                    chunk = self.batches[done : done + count]
-                    with closing(hidden), _all_or_nothing(every_sums, chunk, reached, done):
+                    chunk = left[:count]
+                    with closing(hidden), _all_or_nothing(every_sums, chunk, note, done):
                         works = [Work(batch.to(device), every_sums[ability]) for ability, batch in chunk]
-                        engine.run(works, hidden, more=done + count < total, on_progress=progress)
-                        for ability in {ability for ability, _ in chunk}:
-                            _check_finite(every_sums[ability], self.names[ability], dtype)
+                        engine.run(works, hidden, more=done + count < end, on_progress=progress)
+                        for work, (ability, batch) in zip(works, chunk, strict=True):
+                            _check_finite(work, batch, self.names[ability], dtype)
                     done += count
                     if cutter is not None:
                         cutter.learn(time.monotonic() - started, weights.waited - waited)
@@ -94,7 +121,7 @@ class Pass:
                         saved_at = time.monotonic()
 
     @contextmanager
-    def _settled(self) -> Iterator[tuple[PairWeights, MemoryPlan]]:
+    def _settled(self, point: float | None) -> Iterator[tuple[PairWeights, MemoryPlan]]:
         """The pair's weights, as much of them in memory as the budget holds."""
         pair, layout, device, dtype = self.pair, self.pair.layout, self.settings.place, self.settings.torch_dtype
         skeletons = pair.skeletons()
@@ -102,13 +129,12 @@ class Pass:
             ModelWeights(SegmentedModel(skeletons[0]), pair.target, dtype, device),
             ModelWeights(SegmentedModel(skeletons[1]), pair.ability_model, dtype, device),
         )
-        head = models[0].segmented.head_name
-        weights = PairWeights(models, pair.shared_rows.get(head, layout.channel_shape(head)[0]))
+        weights = PairWeights(models, self._head_rows(models), point)
         try:
             tokens = self._most_tokens
-            sums = 8 * layout.channel_count() * 2 * len(self.names) + scratch_bytes(layout, device)
+            sums = 8 * layout.channel_count() * 2 * self.engine.kinds * len(self.names) + scratch_bytes(layout, device)
             longest = max(batch.input_ids.shape[1] for _, batch in self.batches)
-            working = sums + activation_bytes(weights, layout, tokens, longest)
+            working = sums + working_bytes(self.engine, weights, layout, tokens, longest)
             given = self.settings.memory_budget
             budget = free_memory(device, self.neighbours) if given is None else given
             pieces = [weights.size(piece) for piece in weights.pieces]
@@ -148,9 +174,17 @@ class Pass:
 
     @property
     def _token_bytes(self) -> int:
-        """Bytes of a token's hidden states in both models."""
-        width: int = self.pair.target.config.get_text_config().hidden_size
-        return 2 * width * self.settings.torch_dtype.itemsize
+        """Bytes of a token's hidden states that wait, in all models that run."""
+        text = self.pair.target.config.get_text_config()
+        states: int = self.engine.states(text.num_hidden_layers) * text.hidden_size
+        return states * self.settings.torch_dtype.itemsize
+
+    def _head_rows(self, models: tuple[ModelWeights, ModelWeights]) -> int:
+        """How many rows of the heads are needed: those both have, for a loss all of the target's."""
+        head, rows = models[0].segmented.head_name, models[0].head.original.shape[0]
+        if self.engine.scores_loss:
+            return rows
+        return self.pair.shared_rows.get(head, rows) if head in self.pair.layout.parameters else 0
 
     def _cutter(self, plan: MemoryPlan) -> ChunkCutter | None:
         if plan.everything:
@@ -166,7 +200,7 @@ class Pass:
 
 @contextmanager
 def _kept_on_error(
-    saved: StateFile | None, every_sums: Sequence[DifferenceSums], total: int
+    saved: StateFile | None, every_sums: Sequence[ChannelSums], total: int
 ) -> Iterator[Callable[[int | None], None]]:
     """If the run is interrupted or fails, save what it has reached.
 
@@ -197,7 +231,7 @@ def _kept_on_error(
 
 @contextmanager
 def _all_or_nothing(
-    every_sums: Sequence[DifferenceSums],
+    every_sums: Sequence[ChannelSums],
     chunk: Sequence[tuple[int, MicroBatch]],
     reached: Callable[[int | None], None],
     done: int,
@@ -218,10 +252,10 @@ def _all_or_nothing(
 
 @contextmanager
 def _progress(
-    batches: Sequence[tuple[int, MicroBatch]], done: int, plan: MemoryPlan, pieces: int, quiet: bool
+    batches: Sequence[tuple[int, MicroBatch]], done: int, total: int, plan: MemoryPlan, pieces: int, quiet: bool
 ) -> Iterator[Callable[[float], None]]:
     """A bar, moved on by the function that is yielded."""
-    tokens = [batch.tokens for _, batch in batches]
+    tokens = [batch.tokens for _, batch in batches] * (total // len(batches))
     streamed = "" if plan.everything else f" ({len(plan.streamed)} of {pieces} pieces streamed)"
     with tqdm(
         total=sum(tokens),
@@ -248,11 +282,19 @@ def _describe(plan: MemoryPlan, pieces: int) -> str:
     )
 
 
-def _check_finite(sums: DifferenceSums, ability: str, dtype: torch.dtype) -> None:
+def _check_finite(work: Work, batch: MicroBatch, ability: str, dtype: torch.dtype) -> None:
+    sums = work.sums
     if torch.isfinite(sums.vector).all():
         return
-    spoilt = [module for module, column in sums.sums.items() if not torch.isfinite(column).all()]
+    bad = ~torch.isfinite(sums.vector).all(0)
+    spoilt = [module for module, part in sums.by_module(bad).items() if part.any()]
+    what, where = "activations", ""
+    if work.finite is not None:
+        what = "gradients or activations"
+        if not work.finite.all():
+            sample = int((~work.finite).nonzero()[0])
+            where = f"; the first such sample begins with the token ids {batch.input_ids[sample][:8].tolist()}"
     raise ValueError(
-        f'ability "{ability}": activations of {len(spoilt)} modules are NaN or infinite in {dtype} (the first '
-        f'is "{spoilt[0]}"); try --dtype float32, and see whether the models\' weights are finite'
+        f'ability "{ability}": {what} of {len(spoilt)} modules are NaN or infinite in {dtype} (the first '
+        f'is "{spoilt[0]}"{where}); try --dtype float32, and see whether the models\' weights are finite'
     )

@@ -10,8 +10,9 @@ from pathlib import Path
 from mergekit_act.abilities import AbilitiesFile, AbilitySamples, Tokenizers, collect_samples
 from mergekit_act.artifacts import Profile, save_profile
 from mergekit_act.files import check_free, check_writable, remove_leftovers
-from mergekit_act.profiling.criteria import profile_pair, profile_without_data
+from mergekit_act.profiling.criteria import ENGINES, profile_without_data
 from mergekit_act.profiling.pair import ModelPair, open_pair
+from mergekit_act.profiling.scoring import profile_pair
 from mergekit_act.profiling.settings import ProfilingSettings
 from mergekit_act.runs.folders import claimed
 from mergekit_act.runs.processes import Processes, join_processes
@@ -38,7 +39,7 @@ def write_profiles(
 ) -> WrittenProfiles:
     """Profile the file's pair; write a profile per ability, or one for a criterion without data.
 
-    An activation run keeps its state beside the profiles, ``profile.state``, until they are written; the same call
+    A run over samples keeps its state beside the profiles, ``profile.state``, until they are written; the same call
     goes on from there. Processes that ``torchrun`` or ``accelerate launch`` started share the samples; the first one
     writes.
 
@@ -56,7 +57,7 @@ def write_profiles(
             run with other settings.
     """
     settings = settings or ProfilingSettings()
-    by_data = settings.criterion == "activation"
+    by_data = settings.criterion in ENGINES
     paths = [out_dir / f"{name}.safetensors" for name in (file.abilities if by_data else [settings.criterion])]
     with join_processes() as processes:
         check_writable(out_dir)

@@ -22,7 +22,8 @@ class ProfilingSettings:
     """How channels are scored.
 
     Attributes:
-        criterion: what scores are: ``activation`` differences, ``weight`` change, or ``random``.
+        criterion: what scores are: ``activation`` differences (the paper); ``local`` changes of a channel's own output;
+            ``attribution``, the changes of the loss they make; ``weight`` change, or ``random``.
         device: where the models run; None takes the accelerator if there is one.
         dtype: name of the dtype in which they run; None takes bfloat16 where the device multiplies it natively, else
             float32.
@@ -30,6 +31,9 @@ class ProfilingSettings:
         memory_budget: bytes of the device's memory to use; None takes what is free, with a margin. What of the models
             does not fit is loaded once per chunk of micro-batches. The profiles do not depend on it.
         save_every: seconds after which the state is saved, at the end of a chunk.
+        points: for ``attribution``: how many points on the line from the target to the ability model are averaged.
+        center_logits: take off each token's mean over the vocabulary from differences of logits, which softmax ignores.
+            None does so for the criterion ``local``; it is not for ``attribution``.
         random_seed: for the criterion ``random``.
         exclude: globs of modules that get no scores.
         lora_merge_cache: folder for merged models, for references of the form ``model+lora``.
@@ -43,6 +47,8 @@ class ProfilingSettings:
     batch_tokens: int = 4096
     memory_budget: int | None = None
     save_every: float = 60.0
+    points: int = 1
+    center_logits: bool | None = None
     random_seed: int = 0
     exclude: Sequence[str] = ()
     lora_merge_cache: str | None = None
@@ -53,12 +59,28 @@ class ProfilingSettings:
         """With the device and dtype that None stands for in this process.
 
         Raises:
-            ValueError: PyTorch can't use the device here.
+            ValueError: PyTorch can't use the device here, or a setting belongs to another criterion.
         """
+        if self.points != 1 and self.criterion != "attribution":
+            raise ValueError(f"points belong to the criterion attribution, not to {self.criterion}")
+        if self.center_logits is not None and self.criterion not in ("activation", "local"):
+            raise ValueError(f"logits are centered for the criteria activation and local, not for {self.criterion}")
         device = usable_device(self.device, processes.local_rank if processes.count > 1 else None)
         if torch.device(device).type == "cuda":
             torch.cuda.set_device(device)
-        return replace(self, device=device, dtype=self.dtype or dtype_name(default_dtype(device)))
+        center = self.criterion == "local" if self.center_logits is None else self.center_logits
+        dtype = self.dtype or dtype_name(default_dtype(device))
+        return replace(self, device=device, dtype=dtype, center_logits=center or None)
+
+    @property
+    def line_points(self) -> tuple[float, ...]:
+        """Where on the line from the target (0) to the ability model (1) the gradients are taken."""
+        return (0.0,) if self.points == 1 else tuple((n + 0.5) / self.points for n in range(self.points))
+
+    def of_criterion(self) -> dict[str, Any]:
+        """What a profile records of how its criterion was measured."""
+        settings = {"center_logits": True} if self.center_logits else {}
+        return settings | ({"points": self.points} if self.criterion == "attribution" else {})
 
     @property
     def place(self) -> str:
@@ -74,6 +96,8 @@ class ProfilingSettings:
     def identity(self, pair: ModelPair, abilities: Sequence[AbilitySamples], processes: Processes) -> dict[str, Any]:
         """All that sums depend on: a run that is continued must have the same."""
         return {
+            "criterion": self.criterion,
+            **self.of_criterion(),
             "target": pair.target.fingerprint,
             "ability_model": pair.ability_model.fingerprint,
             "exclude": list(pair.exclude),

@@ -1,7 +1,8 @@
-"""Sums of absolute activation differences per channel."""
+"""Sums per channel, on their way to scores."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from mergekit_act.runs.processes import Processes
 from mergekit_act.runs.state import StateFile
 from mergekit_act.streaming.experts import ExpertOutput
 
-__all__ = ["DifferenceSums", "restore", "scratch_bytes", "store"]
+__all__ = ["ChannelSums", "restore", "scratch_bytes", "store"]
 
 # Numbers whose differences are computed together: on a CPU they should stay in its cache.
 _CPU_BLOCK = 1 << 18
@@ -24,25 +25,43 @@ def scratch_bytes(layout: Layout, device: str) -> int:
     return 4 * _block(layout, device)
 
 
-class DifferenceSums:
-    """Sums and counts, kept apart: float64 sums in one vector in layout order, and how many rows each module had.
+class ChannelSums:
+    """Sums and counts, kept apart: float64 sums in one tensor in layout order, and how many rows each module had.
 
     Args:
         layout: the channels.
         device: where the sums are kept and the differences computed.
         scratch: where differences are computed, float32; sums that are added to in turn can share it.
+        kinds: how many sums a channel has.
+
+    Attributes:
+        vector: float64 ``[kinds, channels]``.
+        sums: module -> its part of the first kind, ``[channels]``.
     """
 
-    def __init__(self, layout: Layout, device: str, scratch: Tensor | None = None) -> None:
+    def __init__(self, layout: Layout, device: str, scratch: Tensor | None = None, kinds: int = 1) -> None:
         self._layout = layout
         self._sizes = [layout.channel_count([module]) for module in layout.modules]
-        self.vector = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
-        self.sums = dict(zip(layout.modules, torch.split(self.vector, self._sizes), strict=True))
+        self._starts = dict(zip(layout.modules, itertools.accumulate(self._sizes, initial=0), strict=False))
+        self.vector = torch.zeros(kinds, sum(self._sizes), dtype=torch.float64, device=device)
+        self.sums = self.by_module(self.vector[0])
         self.counts = dict.fromkeys(layout.modules, 0)
         self.expert_tokens: dict[str, list[int]] = {}  # module -> answer tokens that the target routed to each
         self.scratch = torch.empty(_block(layout, device), device=device) if scratch is None else scratch
 
-    def add(self, module: str, target: Sequence[Tensor], ability_model: Sequence[Tensor], *, first: int = 0) -> None:
+    def by_module(self, channels: Tensor) -> dict[str, Tensor]:
+        """What each module has of ``[channels]``."""
+        return dict(zip(self._layout.modules, torch.split(channels, self._sizes), strict=True))
+
+    def add(
+        self,
+        module: str,
+        target: Sequence[Tensor],
+        ability_model: Sequence[Tensor],
+        *,
+        first: int = 0,
+        offsets: Tensor | None = None,
+    ) -> None:
         """Add abs(ability_model − target).
 
         Args:
@@ -50,20 +69,59 @@ class DifferenceSums:
             target: the target's output, in parts of ``[rows, channels]``.
             ability_model: the ability model's; of two vocabularies both have what they share, in front.
             first: the module's channel that these begin with. Its rows are counted with channel 0.
+            offsets: float32 ``[rows, 1]``, taken off the differences of the only part.
         """
         for ours, theirs in zip(target, ability_model, strict=True):
             channels = min(ours.shape[-1], theirs.shape[-1])
             total = self.sums[module][first : first + channels]
             block = max(1, len(self.scratch) // channels)
-            for some, others in zip(torch.split(ours, block), torch.split(theirs, block), strict=True):
+            for start in range(0, len(ours), block):
+                some, others = ours[start : start + block], theirs[start : start + block]
                 difference = self.scratch[: len(some) * channels].view(len(some), channels)
                 if others.dtype == torch.float32:
                     torch.sub(others[:, :channels], some[:, :channels], out=difference)
                 else:  # subtracting into a float32 tensor would round to the narrow dtype first
                     difference.copy_(others[:, :channels]).sub_(some[:, :channels])
+                if offsets is not None:
+                    difference -= offsets[start : start + block]
                 total += difference.abs_().sum(0)
             if first == 0:
                 self.counts[module] += len(ours)
+
+    def add_changes(
+        self, module: str, changes: Sequence[Tensor], *, first: int = 0, offsets: Tensor | None = None
+    ) -> None:
+        """Add the absolute values of what is a difference already; arguments as of ``add``."""
+        zeros = [part.new_zeros(1, part.shape[-1]).expand_as(part) for part in changes]
+        self.add(module, zeros, changes, first=first, offsets=offsets)
+
+    def add_expert_changes(self, module: str, changes: ExpertOutput, *, answers: int) -> None:
+        """The same for a projection of experts.
+
+        Args:
+            module: the projection.
+            changes: differences at answer tokens.
+            answers: number of answer tokens, routed to an expert or not.
+        """
+        sums = self.sums[module].view(len(changes.ends), -1)
+        for total, start, end in zip(sums, (0, *changes.ends), changes.ends, strict=False):
+            total += changes.rows[start:end].float().abs_().sum(0)
+        self._count_experts(module, changes, answers)
+
+    def add_effects(self, module: str, effects: Tensor, *, first: int = 0) -> None:
+        """Add first-order effects on the loss of some samples: what the loss falls by, and half their squares.
+
+        Args:
+            module: whose channels they are.
+            effects: float32 ``[samples, channels]``: how much a sample's loss rises, to first order, when the channel
+                moves; of experts ``[samples, experts × channels]``.
+            first: the module's channel that these begin with.
+        """
+        start = self._starts[module] + first
+        own = self.vector[:, start : start + effects.shape[1]]
+        wide = effects.double()
+        own[0] -= wide.sum(0)
+        own[1] += wide.square_().sum(0).mul_(0.5)
 
     def add_experts(self, module: str, target: ExpertOutput, ability_model: ExpertOutput, *, answers: int) -> None:
         """Add the differences of one projection of experts; an expert's activation for a token not routed to it is 0.
@@ -85,11 +143,18 @@ class DifferenceSums:
         ends = torch.searchsorted(joined, behind).tolist()
         for total, start, end in zip(sums, (0, *ends), ends, strict=False):
             total += differences[start:end].abs_().sum(0)
+        self._count_experts(module, target, answers)
+
+    def _count_experts(self, module: str, output: ExpertOutput, answers: int) -> None:
         self.counts[module] += answers
         experts, _, projection = module.rpartition(".")
         if projection == "down_proj":  # every projection sees the same tokens
-            seen = self.expert_tokens.setdefault(experts, [0] * len(sums))
-            self.expert_tokens[experts] = [sum(pair) for pair in zip(seen, target.counts(), strict=True)]
+            self.see_experts(experts, output)
+
+    def see_experts(self, experts: str, output: ExpertOutput) -> None:
+        """Count the answer tokens that each expert of a module gets."""
+        seen = self.expert_tokens.setdefault(experts, [0] * len(output.ends))
+        self.expert_tokens[experts] = [sum(pair) for pair in zip(seen, output.counts(), strict=True)]
 
     def add_up(self, processes: Processes) -> None:
         """Replace sums and counts by those over all processes.
@@ -118,15 +183,15 @@ class DifferenceSums:
 
         return undo
 
-    def means(self) -> dict[str, Tensor]:
+    def means(self, kind: int = 0) -> dict[str, Tensor]:
         """module -> float32 ``[channels]`` (``[experts, channels]``), on the CPU."""
         return {
             module: (total / self.counts[module]).float().cpu().view(self._layout.channel_shape(module))
-            for module, total in self.sums.items()
+            for module, total in self.by_module(self.vector[kind]).items()
         }
 
 
-def store(every_sums: Sequence[DifferenceSums], state: StateFile, done: int, total: int) -> None:
+def store(every_sums: Sequence[ChannelSums], state: StateFile, done: int, total: int) -> None:
     """Save sums of which so many micro-batches are added up, of all there are."""
     begun = {str(place): sums for place, sums in enumerate(every_sums) if any(sums.counts.values())}
     state.save(
@@ -138,7 +203,7 @@ def store(every_sums: Sequence[DifferenceSums], state: StateFile, done: int, tot
     )
 
 
-def restore(every_sums: Sequence[DifferenceSums], state: StateFile) -> int:
+def restore(every_sums: Sequence[ChannelSums], state: StateFile) -> int:
     """Set sums to what was saved of them, if anything was.
 
     Returns:

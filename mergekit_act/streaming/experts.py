@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["ExpertOutput", "can_observe_experts", "observed_forward", "router_logits"]
+__all__ = ["ExpertOutput", "can_observe_experts", "observed_forward", "project", "router_logits"]
 
-Show = Callable[[str, "ExpertOutput"], None]
+Show = Callable[[str, "ExpertOutput", Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def observed_forward(experts: Any, name: str, show: Show) -> Callable[[Tensor, T
     Args:
         experts: the module, for which ``can_observe_experts`` holds.
         name: its name in the model.
-        show: called with (projection's name, output).
+        show: called with (projection's name, output, the rows of its input ``[pairs, …]``).
     """
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -74,10 +74,12 @@ def observed_forward(experts: Any, name: str, show: Show) -> Callable[[Tensor, T
         order = torch.sort(top_k_index.flatten(), stable=True).indices
         tokens = order // chosen
         ends = tuple(torch.bincount(top_k_index.flatten(), minlength=experts.num_experts).cumsum(0).tolist())
-        raw = _project(experts, "gate_up_proj", hidden_states[tokens], ends)
-        show(f"{name}.gate_up_proj", ExpertOutput(raw, tokens, ends))
-        raw = _project(experts, "down_proj", experts._apply_gate(raw), ends)
-        show(f"{name}.down_proj", ExpertOutput(raw, tokens, ends))
+        rows = hidden_states[tokens]
+        raw = project(experts, "gate_up_proj", rows, ends)
+        show(f"{name}.gate_up_proj", ExpertOutput(raw, tokens, ends), rows)
+        rows = experts._apply_gate(raw)
+        raw = project(experts, "down_proj", rows, ends)
+        show(f"{name}.down_proj", ExpertOutput(raw, tokens, ends), rows)
         weighted = raw * top_k_weights.flatten()[order].unsqueeze(-1)
         unsorted = torch.empty_like(weighted).index_copy_(0, order, weighted)
         mixed: Tensor = unsorted.reshape(-1, chosen, unsorted.shape[-1]).sum(1).to(hidden_states.dtype)
@@ -87,7 +89,7 @@ def observed_forward(experts: Any, name: str, show: Show) -> Callable[[Tensor, T
 
 
 def router_logits(router: Any, hidden: Tensor, output: Any) -> Tensor | None:
-    """The part of a router's output that is its logits, before softmax; None if there is none.
+    """The part of a router's output that is its logits, before softmax, as it is; None if there is none.
 
     Args:
         router: holds ``weight`` ``[experts, hidden]`` and perhaps ``bias``.
@@ -99,15 +101,25 @@ def router_logits(router: Any, hidden: Tensor, output: Any) -> Tensor | None:
     expected = functional.linear(hidden.reshape(-1, hidden.shape[-1]).float(), router.weight.float(), wide)
     tolerance = 1e-4 if hidden.dtype == torch.float32 else 0.05
     for part in output if isinstance(output, tuple) else (output,):
-        if isinstance(part, Tensor) and part.is_floating_point() and part.numel() == expected.numel():
-            logits = part.reshape(expected.shape)
-            if torch.allclose(logits.float(), expected, rtol=tolerance, atol=tolerance):
-                return logits
+        if not (isinstance(part, Tensor) and part.is_floating_point() and part.numel() == expected.numel()):
+            continue
+        if torch.allclose(part.reshape(expected.shape).float(), expected, rtol=tolerance, atol=tolerance):
+            return part
     return None
 
 
-def _project(experts: Any, projection: str, hidden: Tensor, ends: tuple[int, ...]) -> Tensor:
-    """Each expert's projection of its own rows, with bias."""
+def project(experts: Any, projection: str, hidden: Tensor, ends: tuple[int, ...]) -> Tensor:
+    """Each expert's projection of its own rows, with bias.
+
+    Args:
+        experts: the module.
+        projection: its weight's name.
+        hidden: ``[pairs, …]``, by expert.
+        ends: for each expert the place behind its last row.
+
+    Returns:
+        ``[pairs, channels]``.
+    """
     weight = getattr(experts, projection)
     bias = getattr(experts, f"{projection}_bias") if experts.has_bias else None
     parts = []

@@ -38,6 +38,14 @@ class HiddenStates:
         kept = self._tensors.get(key)
         return None if kept is None else kept.to(self._device)
 
+    def taken(self, key: Hashable) -> Tensor:
+        """The tensor, which is there, on the device."""
+        return self._tensors[key].to(self._device)
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a tensor."""
+        del self._tensors[key]
+
     def close(self) -> None:
         """Forget all tensors."""
         self._tensors.clear()

@@ -20,6 +20,7 @@ LOG = logging.getLogger(__name__)
 _STAGING_BYTES = 1 << 25
 _MAPPED_BYTES = 1 << 28
 _SERIAL = 32_000
+_ROWS_AT_ONCE = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,17 @@ class ModelWeights:
         if tensor is None:  # it was there when its header was read
             raise ValueError(f'{self.checkpoint.reference} has no "{stored.names[0]}" any more; was it written to?')
         return tensor
+
+    def mean_head_row(self, rows: int) -> Tensor:
+        """The mean of the head's first rows, float32 ``[hidden + 1]``, that of their biases behind."""
+        weight = self.read(self.head)[:rows]
+        total = torch.zeros(weight.shape[1] + 1, dtype=torch.float64)
+        for some in torch.split(weight, _ROWS_AT_ONCE):
+            total[:-1] += some.to(self.dtype).sum(0, dtype=torch.float64)
+        if self.head_bias is not None:
+            total[-1] = self.read(self.head_bias)[:rows].to(self.dtype).sum(dtype=torch.float64)
+        self.checkpoint.flush()
+        return (total / len(weight)).float()
 
     def _checked(self, stored: list[Stored]) -> list[Stored]:
         present, problems = [], []

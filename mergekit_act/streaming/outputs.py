@@ -58,7 +58,7 @@ class OutputForms:
             ids = longest[:, :length] % self._vocabulary
             outputs: dict[str, tuple[Any, int]] = {}
 
-            def note(module: str, output: Any, into: dict[str, tuple[Any, int]] = outputs) -> None:
+            def note(module: str, output: Any, _: Any, into: dict[str, tuple[Any, int]] = outputs) -> None:
                 into[module] = (output, 0 if isinstance(output, ExpertOutput) else output._version)
 
             run(ids, note)

@@ -20,7 +20,9 @@ from mergekit_act.streaming.experts import can_observe_experts, observed_forward
 
 __all__ = ["Carried", "Observer", "SegmentedModel"]
 
-Observer = Callable[[str, Any], None]
+# Called with a module's name, its output and its input: (arguments, keywords), of experts the rows. What it returns, if
+# anything, takes the output's place; that of experts and routers can't be replaced.
+Observer = Callable[[str, Any, Any], Any]
 
 _REFUSED_EXPERTS = (
     '{}: the experts of "{}" do not show their outputs; it cannot be profiled with them. '
@@ -72,6 +74,7 @@ class SegmentedModel:
         self.head = head
         self.head_name = names[id(head)]
         self._returns_tuple: bool | None = None
+        self._finishes: bool | None = None
         self._observer: Observer | None = None
 
     @contextmanager
@@ -88,7 +91,9 @@ class SegmentedModel:
         for name in plain:
             if is_expert_weight(self.model.get_submodule(name)):
                 raise ValueError(_REFUSED_EXPERTS.format(self.name, name, kind_pattern(name)))
-        handles = [self.model.get_submodule(name).register_forward_hook(self._hook(name)) for name in plain]
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(self._hook(name), with_kwargs=True) for name in plain
+        ]
         try:
             with ExitStack() as stack:
                 for name, module in experts.items():
@@ -98,19 +103,21 @@ class SegmentedModel:
             for handle in handles:
                 handle.remove()
 
-    def _show(self, name: str, output: Any) -> None:
+    def _show(self, name: str, output: Any, inputs: Any) -> None:
         if self._observer is not None:
-            self._observer(name, output)
+            self._observer(name, output, inputs)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def show(module: nn.Module, inputs: Any, output: Any) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any, Any], Any]:
+        def show(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
             if self._observer is None:
-                return
-            if not isinstance(output, Tensor):
-                output = router_logits(module, inputs[0], output) if is_router(module) else None
+                return None
+            whole = isinstance(output, Tensor)
+            if not whole:
+                output = router_logits(module, arguments[0], output) if is_router(module) else None
             if output is None:
                 raise ValueError(f'{self.name}: the output of "{name}" is not one tensor, nor a router\'s logits')
-            self._observer(name, output)
+            replaced = self._observer(name, output, (arguments, keywords))
+            return replaced if whole else None
 
         return show
 
@@ -128,7 +135,7 @@ class SegmentedModel:
 
         Args:
             input_ids: int64 ``[batch, tokens]``.
-            observer: called with (module name, output).
+            observer: sees what modules put out.
 
         Raises:
             ValueError: the model changes the hidden state between decoder layers, or skips one.
@@ -197,6 +204,36 @@ class SegmentedModel:
         ):
             self._run(input_ids)
         return captured[0]
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """What the model makes of its head's outputs, channel by channel: softcapping, scaling; mostly nothing.
+
+        Args:
+            logits: ``[rows, channels]``, of any channels.
+
+        Returns:
+            The logits of the model; ``logits`` itself if they are the same.
+        """
+        if self._finishes is None:
+            probed = torch.linspace(-100, 100, 8, device=logits.device, dtype=logits.dtype).view(2, 4)
+            self._finishes = not torch.equal(self._finished(probed).to(probed.dtype), probed)
+        return self._finished(logits) if self._finishes else logits
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        ids = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
+        width = self.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+        hidden = logits.new_zeros(1, 1, width)
+
+        def pass_on(*_args: Any, **_kwargs: Any) -> Any:
+            return (hidden,) if self._returns_tuple else hidden
+
+        with (
+            self._replaced([pass_on] * len(self.layers)),
+            replaced_forward(self.head, lambda _: logits[None]),
+            self._without_lookup(hidden),
+        ):
+            finished: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+        return finished
 
     @contextmanager
     def _without_lookup(self, like: Tensor) -> Iterator[None]:

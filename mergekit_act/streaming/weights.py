@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ __all__ = ["HeadSlice", "PairWeights", "Piece", "synchronize"]
 # Rows of the heads that are compared together, whatever fits: sums must not depend on the memory.
 HEAD_ROWS = 1 << 14
 _ALIGNMENT = 512  # as PyTorch's own allocations on CUDA
+_AT_ONCE = 1 << 22  # numbers whose difference is taken at a time
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,24 @@ class PairWeights:
 
     Args:
         models: the target's and the ability model's.
-        head_rows: number of the heads' rows that are compared: those both have.
+        head_rows: number of the heads' rows that are needed: those both have, or all of the target's.
+        point: if it is given, the second model gets the differences of the two models' weights in place of its own,
+            and the first one its own weights plus so much of the differences.
 
     Attributes:
         pieces: layers, then slices of the heads.
+        route: places of the pieces in the order in which a chunk needs them; in order, each once, if not set.
         waited: seconds for which pieces were waited for.
     """
 
-    def __init__(self, models: tuple[ModelWeights, ModelWeights], head_rows: int) -> None:
+    def __init__(self, models: tuple[ModelWeights, ModelWeights], head_rows: int, point: float | None = None) -> None:
         self.models = models
+        self._point = point
         layers = [Piece(index) for index in range(len(models[0].layers))]
         starts = range(0, head_rows, HEAD_ROWS)
         slices = [Piece(None, slice(start, min(start + HEAD_ROWS, head_rows))) for start in starts]
         self.pieces = (*layers, *slices)
+        self.route: Sequence[int] = range(len(self.pieces))
         self.waited = 0.0
         self._copier = models[0].copier
         self._everything = False
@@ -94,11 +100,13 @@ class PairWeights:
                 model.load()
                 model.checkpoint.flush()
             self._everything = True
+            self._take_differences(self.models[0].stored)
             return
         device = self.models[0].device
         for model in self.models:
             model.load(model.outside)
             model.checkpoint.flush()
+        self._take_differences(self.models[0].outside)
         for place, piece in enumerate(self.pieces):
             if place in plan.streamed:
                 self._order.append(place)
@@ -111,16 +119,17 @@ class PairWeights:
         self._free = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(plan.buffers)]
 
     @contextmanager
-    def present(self, place: int, *, more: bool) -> Iterator[list[HeadSlice]]:
+    def present(self, step: int, *, more: bool) -> Iterator[list[HeadSlice]]:
         """Have a piece's weights in the models.
 
         Args:
-            place: of the piece.
-            more: whether the first piece will be needed again after the last one.
+            step: of the route.
+            more: whether the route's first piece will be needed again after the last one.
 
         Yields:
             For a piece of the heads both slices.
         """
+        place = self.route[step]
         piece = self.pieces[place]
         if place not in self._order:
             yield self._kept.get(place) or (self._slices(piece) if piece.rows is not None else [])
@@ -134,7 +143,7 @@ class PairWeights:
         loaded = future.result()
         self._pending = None
         self.waited += time.perf_counter() - started
-        following = self._following(place, more)
+        following = self._following(step, more)
         if following is not None and self._free:
             self.fetch(following)
         try:
@@ -148,9 +157,10 @@ class PairWeights:
             self.fetch(following)
 
     def fetch(self, place: int | None = None) -> None:
-        """Begin to load a piece that is streamed, by default the first, unless one is on its way."""
+        """Begin to load a piece that is streamed, by default the route's first, unless one is on its way."""
         if self._pending is None and self._order:
-            place = self._order[0] if place is None else place
+            place = self._next(0) if place is None else place
+            assert place is not None
             buffer = self._free.pop()
             self._pending = (place, buffer, self._worker.submit(self._load, self.pieces[place], buffer))
 
@@ -161,10 +171,11 @@ class PairWeights:
             yield
             return
         token_ids = torch.unique(torch.cat(tuple(parts)))
+        looked = [self._worker.submit(_rows, model, token_ids).result() for model in self.models]
+        self._take_difference(*looked)
         with ExitStack() as stack:
-            for model in self.models:
+            for model, rows in zip(self.models, looked, strict=True):
                 embedding: Any = model.segmented.embedding
-                rows = self._worker.submit(_rows, model, token_ids).result()
                 lookup = embedding.forward
                 # A padding index, which matters in training alone, has to be one of the rows.
                 padding = getattr(embedding, "padding_idx", None)
@@ -186,11 +197,13 @@ class PairWeights:
         for model in self.models:
             model.checkpoint.flush()
 
-    def _following(self, place: int, more: bool) -> int | None:
-        at = self._order.index(place) + 1
-        if at < len(self._order):
-            return self._order[at]
-        return self._order[0] if more else None
+    def _following(self, step: int, more: bool) -> int | None:
+        following = self._next(step + 1)
+        return self._next(0) if following is None and more else following
+
+    def _next(self, step: int) -> int | None:
+        """The next piece that is streamed, from a step of the route on."""
+        return next((place for place in self.route[step:] if place in self._order), None)
 
     def _parts(self, piece: Piece) -> Iterator[tuple[int, Stored, torch.Size, torch.dtype]]:
         """(which model, parameter, shape of what the piece has of it, dtype)."""
@@ -201,8 +214,9 @@ class PairWeights:
                 parts = [one for one in (model.head, model.head_bias) if one is not None]
             for stored in parts:
                 shape = stored.original.shape
-                if piece.rows is not None:
-                    shape = torch.Size((piece.rows.stop - piece.rows.start, *shape[1:]))
+                if piece.rows is not None:  # of the shorter of two vocabularies perhaps none
+                    rows = max(0, min(piece.rows.stop, shape[0]) - piece.rows.start)
+                    shape = torch.Size((rows, *shape[1:]))
                 yield side, stored, shape, stored.dtype(model.dtype)
 
     def _load(self, piece: Piece, buffer: Tensor) -> list[tuple[int, Stored, Tensor]]:
@@ -223,6 +237,10 @@ class PairWeights:
         return loaded
 
     def _put(self, piece: Piece, loaded: list[tuple[int, Stored, Tensor]]) -> list[HeadSlice]:
+        middle = len(loaded) // 2  # both models have the same parameters, in the same order
+        for (_, ours, tensor), (_, _, other) in zip(loaded[:middle], loaded[middle:], strict=True):
+            if ours.is_parameter:
+                self._take_difference(tensor, other)
         if piece.rows is not None:
             by_stored = {(side, id(stored)): tensor for side, stored, tensor in loaded}
             return [
@@ -232,6 +250,33 @@ class PairWeights:
         for side, stored, tensor in loaded:
             stored.put(self.models[side].segmented.model, tensor)
         return []
+
+    def _take_differences(self, stored: Sequence[Stored]) -> None:
+        """Take differences of parameters that are in both models, where that is wanted."""
+        if self._point is None:
+            return
+        target, ability_model = (model.segmented.model for model in self.models)
+        for one in stored:
+            if not one.is_parameter:
+                continue
+            theirs = next(other for other in self.models[1].stored if one.names[0] in other.names)
+            tensor = ability_model.get_parameter(one.names[0]).data
+            if theirs.names != one.names:  # tied there, and two matrices here
+                tensor = tensor.clone()
+                replace(theirs, names=one.names).put(ability_model, tensor)
+            self._take_difference(target.get_parameter(one.names[0]).data, tensor)
+
+    def _take_difference(self, target: Tensor, ability_model: Tensor) -> None:
+        """Put the difference in the place of the second, and move the first; rows that one of them lacks have none."""
+        if self._point is None:
+            return
+        rows = min(len(target), len(ability_model)) if target.ndim else 1
+        ours, theirs = target[:rows].view(-1), ability_model[:rows].view(-1)
+        for some, others in zip(torch.split(ours, _AT_ONCE), torch.split(theirs, _AT_ONCE), strict=True):
+            others.copy_(others.float().sub_(some.float()))
+            if self._point:
+                some.copy_(some.float().add_(others.float(), alpha=self._point))
+        ability_model[rows:] = 0
 
     def _slices(self, piece: Piece) -> list[HeadSlice]:
         """The slices of heads that are present as a whole."""

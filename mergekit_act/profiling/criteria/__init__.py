@@ -1,6 +1,16 @@
-"""What channels are scored by: a module per criterion, or per family of them."""
+"""What channels are scored by: an engine per criterion that needs samples; the controls need none."""
 
-from mergekit_act.profiling.criteria.activation import profile_pair
+from mergekit_act.profiling.criteria.activation import ActivationEngine
+from mergekit_act.profiling.criteria.attribution import AttributionEngine
 from mergekit_act.profiling.criteria.controls import profile_without_data
+from mergekit_act.profiling.criteria.local import LocalEngine
+from mergekit_act.profiling.engine import Engine
 
-__all__ = ["profile_pair", "profile_without_data"]
+__all__ = ["ENGINES", "profile_without_data"]
+
+#: Criterion -> what runs the models and scores.
+ENGINES: dict[str, type[Engine]] = {
+    "activation": ActivationEngine,
+    "local": LocalEngine,
+    "attribution": AttributionEngine,
+}

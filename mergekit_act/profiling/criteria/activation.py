@@ -1,89 +1,59 @@
-"""Profile a pair: feed both models the same samples and average how far each channel's activations differ."""
+"""The paper's score: how far the activations of two models differ (eq. 2)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
-from mergekit_act.abilities import AbilitySamples
-from mergekit_act.abilities.batches import cut_batches
-from mergekit_act.artifacts import Profile
-from mergekit_act.devices import dtype_name
-from mergekit_act.models import check_samples_fit
-from mergekit_act.profiling.pair import ModelPair
-from mergekit_act.profiling.passes import Pass
-from mergekit_act.profiling.settings import ProfilingSettings
-from mergekit_act.profiling.sums import DifferenceSums
-from mergekit_act.runs.processes import Processes
-from mergekit_act.runs.state import StateFile
-from mergekit_act.wording import enumerate_some
+import torch
+from torch import Tensor
+from torch.nn import functional
 
-__all__ = ["profile_pair"]
+from mergekit_act.profiling.engine import ForwardEngine, Work
+from mergekit_act.streaming.experts import ExpertOutput
+from mergekit_act.streaming.outputs import KeptOutput
+from mergekit_act.streaming.segments import Observer
+from mergekit_act.streaming.weights import HeadSlice
+
+__all__ = ["ActivationEngine"]
 
 
-def profile_pair(
-    pair: ModelPair,
-    abilities: Sequence[AbilitySamples],
-    settings: ProfilingSettings | None = None,
-    *,
-    state: Path | None = None,
-    processes: Processes | None = None,
-) -> list[Profile]:
-    """The activation profiles of a pair, one per ability; all abilities go through the models in one pass.
+class ActivationEngine(ForwardEngine):
+    """For a segment, the target's modules put out their activations, which are kept at the answer tokens.
 
-    Args:
-        pair: the models.
-        abilities: their samples.
-        settings: how.
-        state: file in which an unfinished run is kept, and from which it goes on; None keeps nothing.
-        processes: those that share the samples; None for this one alone.
-
-    Raises:
-        ValueError: the device can't be used, samples do not fit a model's vocabulary or length, a module's output can't
-            be observed, activations are NaN or infinite, or the memory does not hold a layer of both models and one
-            micro-batch.
+    Then the ability model's do, and both are reduced to one sum per channel and dropped.
     """
-    processes = processes or Processes()
-    settings = (settings or ProfilingSettings()).resolved(processes)
-    for ability in abilities:
-        if not ability.answer_tokens:
-            raise ValueError(f'ability "{ability.name}" has no answer tokens')
-        for checkpoint in (pair.target, pair.ability_model):
-            check_samples_fit(checkpoint, ability)
-    batches = [(n, batch) for n, a in enumerate(abilities) for batch in cut_batches(a.samples, settings.batch_tokens)]
-    batches = batches[processes.rank :: processes.count]
-    every_sums = [DifferenceSums(pair.layout, settings.place)]
-    every_sums += [DifferenceSums(pair.layout, settings.place, every_sums[0].scratch) for _ in abilities[1:]]
-    saved = None if state is None else StateFile(state, settings.identity(pair, abilities, processes))
-    names = [ability.name for ability in abilities]
-    own = replace(settings, quiet=settings.quiet or processes.rank > 0)
-    Pass(pair, own, batches, names, processes.local_count).run(every_sums, saved)
-    for sums in every_sums:
-        sums.add_up(processes)
-    return [_profile(pair, ability, sums, settings) for ability, sums in zip(abilities, every_sums, strict=True)]
+
+    def prepare(self, rows: int, channels: int) -> None:
+        """Make the memory that logits are computed into, again and again."""
+        size = rows * channels
+        self._logits = [torch.empty(size, dtype=model.dtype, device=model.device) for model in self.weights.models]
+
+    def observers(self, work: Work) -> Sequence[Observer]:
+        """One that keeps the target's outputs, and one that compares the ability model's with them."""
+        kept: dict[str, list[KeptOutput]] = {}
+        batch, sums, forms = work.batch, work.sums, self.forms
+
+        def keep(module: str, output: Tensor | ExpertOutput, _: object) -> None:
+            kept.setdefault(module, []).append(forms.keep(module, output, batch))
+
+        def compare(module: str, output: Tensor | ExpertOutput, _: object) -> None:
+            rows = kept[module].pop(0).read(module)
+            if isinstance(output, ExpertOutput):
+                sums.add_experts(module, rows, output.at(batch.answer_places), answers=len(batch.sample_of))
+            else:
+                sums.add(module, rows, batch.answer_rows(output, forms.token_axes[module]))
+
+        return keep, compare
+
+    def score_head(self, work: Work, heads: Sequence[HeadSlice], hidden: Sequence[Tensor]) -> None:
+        """Compare logits."""
+        ours, theirs = (_logits(*each) for each in zip(hidden, heads, self._logits, strict=True))
+        work.sums.add(self.head, [ours], [theirs], first=heads[0].first, offsets=self.offsets(*hidden))
 
 
-def _profile(pair: ModelPair, ability: AbilitySamples, sums: DifferenceSums, settings: ProfilingSettings) -> Profile:
-    unscored = [module for module, count in sums.counts.items() if not count]
-    if unscored:
-        raise ValueError(
-            f'ability "{ability.name}": {len(unscored)} modules with channels were not scored: '
-            f"{enumerate_some(unscored)}"
-        )
-    return Profile(
-        scores=sums.means(),
-        layout=pair.layout,
-        criterion="activation",
-        ability=ability.name,
-        target=pair.target.describe(),
-        ability_model=pair.ability_model.describe(),
-        samples=len(ability.samples),
-        answer_tokens=ability.answer_tokens,
-        dtype=dtype_name(settings.torch_dtype),
-        data=ability.data
-        | {"batch_tokens": settings.batch_tokens}
-        | ({"exclude": list(pair.exclude)} if pair.exclude else {})
-        | ({"expert_tokens": sums.expert_tokens} if sums.expert_tokens else {}),
-        shared_rows=pair.shared_rows,
-    )
+def _logits(hidden: Tensor, head: HeadSlice, into: Tensor) -> Tensor:
+    """``[rows, channels]``, in memory that is used again."""
+    if head.bias is not None:
+        return functional.linear(hidden, head.weight, head.bias)
+    shape = (len(hidden), len(head.weight))
+    return torch.mm(hidden, head.weight.T, out=into[: shape[0] * shape[1]].view(shape))

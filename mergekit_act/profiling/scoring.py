@@ -1,0 +1,98 @@
+"""Profile a pair by samples: a pass through the models, sums, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from mergekit_act.abilities import AbilitySamples
+from mergekit_act.abilities.batches import cut_batches
+from mergekit_act.artifacts import Profile
+from mergekit_act.devices import dtype_name
+from mergekit_act.models import check_samples_fit
+from mergekit_act.profiling.criteria import ENGINES
+from mergekit_act.profiling.pair import ModelPair
+from mergekit_act.profiling.passes import Pass
+from mergekit_act.profiling.settings import ProfilingSettings
+from mergekit_act.profiling.sums import ChannelSums
+from mergekit_act.runs.processes import Processes
+from mergekit_act.runs.state import StateFile
+from mergekit_act.wording import enumerate_some
+
+__all__ = ["profile_pair"]
+
+
+def profile_pair(
+    pair: ModelPair,
+    abilities: Sequence[AbilitySamples],
+    settings: ProfilingSettings | None = None,
+    *,
+    state: Path | None = None,
+    processes: Processes | None = None,
+) -> list[Profile]:
+    """The profiles of a pair, one per ability; all abilities go through the models in one pass.
+
+    Args:
+        pair: the models.
+        abilities: their samples.
+        settings: how, and by which criterion.
+        state: file in which an unfinished run is kept, and from which it goes on; None keeps nothing.
+        processes: those that share the samples; None for this one alone.
+
+    Raises:
+        ValueError: the device can't be used, samples do not fit a model's vocabulary or length, a module's output can't
+            be observed, activations or gradients are NaN or infinite, or the memory does not hold a layer of both
+            models and one micro-batch.
+    """
+    processes = processes or Processes()
+    settings = (settings or ProfilingSettings()).resolved(processes)
+    for ability in abilities:
+        if not ability.answer_tokens:
+            raise ValueError(f'ability "{ability.name}" has no answer tokens')
+        for checkpoint in (pair.target, pair.ability_model):
+            check_samples_fit(checkpoint, ability)
+    batches = [(n, batch) for n, a in enumerate(abilities) for batch in cut_batches(a.samples, settings.batch_tokens)]
+    batches = batches[processes.rank :: processes.count]
+    engine = ENGINES[settings.criterion]
+    scratch: Tensor | None = None
+    every_sums: list[ChannelSums] = []
+    for _ in abilities:
+        every_sums.append(ChannelSums(pair.layout, settings.place, scratch, engine.kinds))
+        scratch = every_sums[0].scratch
+    saved = None if state is None else StateFile(state, settings.identity(pair, abilities, processes))
+    names = [ability.name for ability in abilities]
+    own = replace(settings, quiet=settings.quiet or processes.rank > 0)
+    Pass(engine, pair, own, batches, names, processes.local_count).run(every_sums, saved)
+    for sums in every_sums:
+        sums.add_up(processes)
+    return [_profile(pair, ability, sums, settings) for ability, sums in zip(abilities, every_sums, strict=True)]
+
+
+def _profile(pair: ModelPair, ability: AbilitySamples, sums: ChannelSums, settings: ProfilingSettings) -> Profile:
+    unscored = [module for module, count in sums.counts.items() if not count]
+    if unscored:
+        raise ValueError(
+            f'ability "{ability.name}": {len(unscored)} modules with channels were not scored: '
+            f"{enumerate_some(unscored)}"
+        )
+    return Profile(
+        scores=sums.means(),
+        layout=pair.layout,
+        damage=sums.means(1) if len(sums.vector) > 1 else {},
+        criterion=settings.criterion,
+        ability=ability.name,
+        target=pair.target.describe(),
+        ability_model=pair.ability_model.describe(),
+        samples=len(ability.samples),
+        answer_tokens=ability.answer_tokens,
+        dtype=dtype_name(settings.torch_dtype),
+        data=ability.data
+        | {"batch_tokens": settings.batch_tokens}
+        | settings.of_criterion()
+        | ({"exclude": list(pair.exclude)} if pair.exclude else {})
+        | ({"expert_tokens": sums.expert_tokens} if sums.expert_tokens else {}),
+        shared_rows=pair.shared_rows,
+    )
