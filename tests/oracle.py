@@ -196,6 +196,55 @@ def plain_local(
     return {name: total / counts[name] for name, total in sums.items()}
 
 
+def plain_local_experts(
+    target: Path, ability: Path, samples: Sequence[tuple[list[int], list[bool]]]
+) -> dict[str, torch.Tensor]:
+    """The same of experts and routers: every expert's change for every token, 0 where the target did not choose it."""
+    model, other = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (target, ability)
+    )
+    found: dict[str, list[torch.Tensor]] = {}
+    answers: list[int] = []
+
+    def at_experts(module, inputs, *, name):
+        hidden, index, _ = inputs
+        theirs = other.get_submodule(name)
+        transposed = getattr(module, "is_transposed", False)
+        sizes = [module.gate_up_proj.shape[2 if transposed else 1], module.down_proj.shape[2 if transposed else 1]]
+        up, down = (torch.zeros(len(hidden), len(module.down_proj), size) for size in sizes)
+        for t, chosen in enumerate(index.tolist()):
+            for e in chosen:
+                raw = _expert(module, "gate_up_proj", e, hidden[t])
+                between = module._apply_gate(raw[None])[0]
+                up[t, e] = _expert(theirs, "gate_up_proj", e, hidden[t]) - raw
+                down[t, e] = _expert(theirs, "down_proj", e, between) - _expert(module, "down_proj", e, between)
+        found.setdefault(f"{name}.gate_up_proj", []).append(up[answers])
+        found.setdefault(f"{name}.down_proj", []).append(down[answers])
+
+    def at_router(module, inputs, *, name):
+        hidden = inputs[0].reshape(-1, module.weight.shape[1])
+        ours, theirs = (hidden @ one.weight.T + getattr(one, "bias", 0) for one in (module, other.get_submodule(name)))
+        found.setdefault(name, []).append((theirs - ours)[answers])
+
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(lambda m, i, name=name: at_experts(m, i, name=name))
+        elif type(module).__name__.lower().endswith("router"):
+            module.register_forward_pre_hook(lambda m, i, name=name: at_router(m, i, name=name))
+    with torch.no_grad():
+        for ids, is_answer in samples:
+            answers[:] = [t for t, answer in enumerate(is_answer) if answer]
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+    return {name: torch.cat(parts).double().abs().mean(0) for name, parts in found.items()}
+
+
+def _expert(module, weight: str, expert: int, vector: torch.Tensor) -> torch.Tensor:
+    matrix = getattr(module, weight)[expert]
+    output = (matrix.T if getattr(module, "is_transposed", False) else matrix) @ vector
+    return output + getattr(module, f"{weight}_bias")[expert] if hasattr(module, f"{weight}_bias") else output
+
+
 def _doubled(values):
     if isinstance(values, dict):
         return {name: _doubled(value) for name, value in values.items()}

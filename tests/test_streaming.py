@@ -27,10 +27,10 @@ from mergekit_act.streaming.memory import MemoryPlan, free_memory, parse_bytes, 
 SETTINGS = {"device": "cpu", "dtype": "float32", "batch_tokens": 40, "quiet": True}
 
 
-def least_budget(pair, abilities) -> int:
+def least_budget(pair, abilities, **changes) -> int:
     """What the refusal of a tiny budget says is needed, and the rounding of what it says."""
     with pytest.raises(ValueError, match="need about") as caught:
-        profile_pair(pair, abilities, ProfilingSettings(memory_budget=1, **SETTINGS))
+        profile_pair(pair, abilities, ProfilingSettings(memory_budget=1, **SETTINGS | changes))
     number, unit = re.search(r"need about ([\d.]+ [MG]B)", str(caught.value))[1].split()
     return int(parse_bytes(number + unit) * 1.006)
 
@@ -65,6 +65,27 @@ def test_streamed_profiles_are_the_resident_ones_to_the_bit(pair_of, name, monke
             assert all(torch.equal(expected.scores[module], profile.scores[module]) for module in expected.scores)
             assert profile.data == expected.data
     assert stay[0] <= stay[1] < 5  # more memory holds no fewer, and something is streamed
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("criterion", ["local", "attribution"])
+def test_other_criteria_streamed_are_the_resident_ones_to_the_bit(pair_of, name, criterion, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "mergekit_act")
+    monkeypatch.setattr(weights, "HEAD_ROWS", 48)
+    pair = open_pair(*map(str, pair_of(name)))
+    abilities = [as_ability(random_samples(), "one"), as_ability(random_samples(1), "two")]
+    changes = {"criterion": criterion, "points": 2 if criterion == "attribution" else 1}
+    least = least_budget(pair, abilities, **changes)
+    resident, streamed = (
+        profile_pair(pair, abilities, ProfilingSettings(memory_budget=budget, **SETTINGS | changes))
+        for budget in (10**12, least)
+    )
+    assert "both models stay in memory" in caplog.text
+    assert re.search(r"[01] of 5 pieces of the models stay in memory", caplog.text)
+    for expected, profile in zip(resident, streamed, strict=True):
+        assert all(torch.equal(expected.scores[module], profile.scores[module]) for module in expected.scores)
+        assert all(torch.equal(expected.damage[module], profile.damage[module]) for module in expected.damage)
+        assert profile.data == expected.data
 
 
 def test_no_weight_is_left_behind(pair_of, monkeypatch):
