@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergekit_act.artifacts import Mask, Profile, load_profile, save_mask
+from mergekit_act.artifacts import Mask, Profile, load_profile
 from mergekit_act.channels import Layout, kind_pattern
-from mergekit_act.files import check_free, file_hash
+from mergekit_act.files import file_hash
 from mergekit_act.wording import shown_density
 
 __all__ = [
@@ -26,13 +26,13 @@ __all__ = [
     "describe_selection",
     "excluded_modules",
     "make_mask",
+    "mask_of_files",
     "rank_channels",
     "select_channels",
     "selected_count",
     "selected_parameters",
     "unite",
     "validate_density",
-    "write_mask",
 ]
 
 Selection = Mapping[str, Tensor]
@@ -46,17 +46,23 @@ class Retention:
         profiles: of these abilities, for the same pair.
         hashes: SHA-256 of the profiles' files, for the record.
         ranking: what channels are ranked by, s being their score on the ability to recover and r the largest on one of
-            these: ``difference`` s − strength · r; ``ratio`` s / (r + ε), ε the median of the positive scores of these
-            abilities; ``score`` s alone, as in the paper.
+            these, of attributions the largest damage: ``difference`` s − strength · r; ``ratio`` s / (r + ε), ε the
+            median of the positive r of these abilities; ``score`` s alone, as in the paper. None is the ratio for
+            attributions, else the difference.
         strength: of the ranking by difference.
         density: each of these abilities' own top channels, of this density, are not selected; None excludes none.
     """
 
     profiles: Sequence[Profile]
     hashes: Sequence[str] = ()
-    ranking: Literal["difference", "ratio", "score"] = "difference"
+    ranking: Literal["difference", "ratio", "score"] | None = None
     strength: float = 0.5
     density: float | None = None
+
+    @property
+    def rule(self) -> Literal["difference", "ratio", "score"]:
+        """The ranking that None stands for."""
+        return self.ranking or ("ratio" if self.profiles[0].criterion == "attribution" else "difference")
 
     @classmethod
     def of_files(cls, paths: Sequence[Path], **settings: Any) -> Retention:
@@ -86,7 +92,8 @@ def select_channels(
     """Select the top channels of a profile, ranked over all modules together (paper 4.1).
 
     k is the floor of density × the number of channels that take part, at least 1. Of equal scores the channel that
-    comes first in the layout wins. Vocabulary rows that the ability model does not have are never selected.
+    comes first in the layout wins. Vocabulary rows that the ability model does not have are never selected, nor are
+    channels whose attribution is not positive, if the scores are attributions: they may be fewer than k.
 
     Args:
         profile: the scores.
@@ -98,8 +105,8 @@ def select_channels(
         module -> bool ``[channels]`` (or ``[experts, channels]``), for modules with a selected channel.
 
     Raises:
-        ValueError: the density is not in (0, 1], a glob matches no module, no module is left, or a profile to retain is
-            of another model.
+        ValueError: the density is not in (0, 1], a glob matches no module, no module is left, no attribution is
+            positive, or a profile to retain is of another model.
     """
     fraction = validate_density(density)
     excluded = excluded_modules(profile.layout, exclude)
@@ -111,7 +118,9 @@ def select_channels(
     k = max(1, math.floor(fraction * taking_part))
     ranks = rank_channels(profile, exclude=exclude, retain=retain)
     left = int((ranks < len(ranks)).sum())
-    if retain is not None and retain.density is not None and left < k:
+    if not left and profile.criterion == "attribution":
+        raise ValueError(f'no channel of "{profile.ability}" has a positive attribution: moving none helps it')
+    if retain is not None and retain.density is not None and left < k and profile.criterion != "attribution":
         raise ValueError(
             f"only {left:,} channels are left beside those of the abilities to retain; the density asks for {k:,}. "
             "Lower --density or --retain-density"
@@ -141,6 +150,8 @@ def rank_channels(profile: Profile, *, exclude: Sequence[str] = (), retain: Rete
     eligible = torch.ones_like(scores, dtype=torch.bool)
     for module, part in zip(modules, torch.split(eligible, [profile.scores[m].numel() for m in modules]), strict=True):
         part[0 if module in excluded else profile.shared_rows.get(module, part.numel()) :] = False
+    if profile.criterion == "attribution":
+        eligible &= scores > 0
     if retain is not None:
         scores = _spared(profile, scores, eligible, exclude, retain)
     # The bits of floats sort as the floats do, those of negative ones the other way round; the place settles ties.
@@ -162,20 +173,22 @@ def _spared(profile: Profile, scores: Tensor, eligible: Tensor, exclude: Sequenc
     """What channels are ranked by; those that may not be selected are struck from ``eligible``."""
     for other in retain.profiles:
         _check_same_pair(profile, other)
+    modules = profile.layout.modules
+    kept = [replace(other, scores=other.damage) if other.damage else other for other in retain.profiles]
     if retain.density is not None:
-        for other in retain.profiles:
+        for other in kept:
             theirs = select_channels(other, retain.density, exclude=exclude)
             nothing = {module: torch.zeros_like(part, dtype=torch.bool) for module, part in other.scores.items()}
-            eligible &= ~torch.cat([(nothing | theirs)[module].flatten() for module in profile.layout.modules])
-    if retain.ranking == "score":
+            eligible &= ~torch.cat([(nothing | theirs)[module].flatten() for module in modules])
+    if retain.rule == "score":
         return scores
-    retained = torch.stack([_flat(other, profile.layout.modules) for other in retain.profiles])
-    if retain.ranking == "difference":
-        return scores - retain.strength * retained.amax(0)
+    largest = torch.stack([_flat(other, modules) for other in kept]).amax(0)
+    if retain.rule == "difference":
+        return scores - retain.strength * largest
     excluded = excluded_modules(profile.layout, exclude)
-    counted = torch.cat([_flat(o, [m for m in o.layout.modules if m not in excluded]) for o in retain.profiles])
+    counted = torch.cat([_flat(other, [m for m in modules if m not in excluded]) for other in kept])
     positive = counted[counted > 0]
-    return scores / (retained.amax(0) + (positive.median() if len(positive) else 1.0))
+    return scores / (largest + (positive.median() if len(positive) else 1.0))
 
 
 def _check_same_pair(profile: Profile, retained: Profile) -> None:
@@ -275,7 +288,7 @@ def make_mask(
         retain: abilities to spare.
 
     Raises:
-        ValueError: as ``select_channels``; or the profiles are of different models.
+        ValueError: as ``select_channels``; or the profiles are of different models or criteria.
     """
     layout = profiles[0].layout
     for other in profiles[1:]:
@@ -284,6 +297,9 @@ def make_mask(
                 f'the profiles of "{profiles[0].ability}" and "{other.ability}" are of models with different modules; '
                 "a mask is for one model"
             )
+    criteria = list(dict.fromkeys(profile.criterion for profile in profiles))
+    if len(criteria) > 1:
+        raise ValueError(f"the profiles are by different criteria, {' and '.join(criteria)}; a mask is by one")
     union = unite(select_channels(profile, density, exclude=exclude, retain=retain) for profile in profiles)
     union = {module: union[module] for module in layout.modules if module in union}
     excluded = excluded_modules(layout, exclude)
@@ -299,53 +315,48 @@ def make_mask(
         profile.described()
         | {"density": density, "exclude": list(exclude)}
         | ({"sha256": hashes[place]} if hashes else {})
-        | ({} if retain is None else {"retain": _described(retain)})
+        | ({"gain": _sum_of(profile.scores, union)} if profile.criterion == "attribution" else {})
+        | ({} if retain is None else {"retain": _described(retain, union)})
         for place, profile in enumerate(profiles)
     )
     return Mask(channels=union, layout=layout, sources=sources, operation="union", counts=counts)
 
 
-def write_mask(
-    profiles: Sequence[Path],
-    out: Path,
-    density: float,
-    *,
-    exclude: Sequence[str] = (),
-    retain: Retention | None = None,
-    overwrite: bool = False,
+def mask_of_files(
+    profiles: Sequence[Path], density: float, *, exclude: Sequence[str] = (), retain: Retention | None = None
 ) -> Mask:
-    """Make a mask of profiles' files and write it.
+    """A mask of profiles' files.
 
     Args:
         profiles: their paths.
-        out: the mask's.
         density: as for ``make_mask``, likewise the others.
         exclude: likewise.
         retain: likewise.
-        overwrite: replace a file that exists.
 
     Raises:
-        FileExistsError: there is a file already; told before anything is read.
         FileNotFoundError: a profile is not there.
         ArtifactError: a profile is not valid.
         ValueError: as ``make_mask``.
     """
-    check_free([out], overwrite=overwrite)
     loaded = [load_profile(path) for path in profiles]
     hashes = [file_hash(path) for path in profiles]
-    made = make_mask(loaded, density, exclude=exclude, hashes=hashes, retain=retain)
-    save_mask(made, out, overwrite=overwrite)
-    return made
+    return make_mask(loaded, density, exclude=exclude, hashes=hashes, retain=retain)
 
 
-def _described(retain: Retention) -> dict[str, Any]:
+def _described(retain: Retention, union: Selection) -> dict[str, Any]:
     """What a mask records of the abilities that it spares."""
     abilities = [
-        profile.described() | ({"sha256": retain.hashes[place]} if retain.hashes else {})
+        profile.described()
+        | ({"sha256": retain.hashes[place]} if retain.hashes else {})
+        | ({"loss": _sum_of(profile.damage, union)} if profile.damage else {})
         for place, profile in enumerate(retain.profiles)
     ]
-    settings = {"ranking": retain.ranking, "strength": retain.strength, "density": retain.density}
+    settings = {"ranking": retain.rule, "strength": retain.strength, "density": retain.density}
     return settings | {"abilities": abilities}
+
+
+def _sum_of(scores: Mapping[str, Tensor], selection: Selection) -> float:
+    return float(sum(scores[module][chosen].sum(dtype=torch.float64) for module, chosen in selection.items()))
 
 
 def describe_selection(source: Mapping[str, Any]) -> str:

@@ -144,8 +144,15 @@ _DESCRIBED: _Fields = {
     "answer_tokens": _COUNT,
     "dtype": _TEXT,
     "data": _OBJECT,
+    "loss": _NUMBER,
 }
-_SOURCE: _Fields = _DESCRIBED | {"density": _DENSITY, "exclude": _TEXTS, "sha256": _TEXT, "retain": _OBJECT}
+_SOURCE: _Fields = _DESCRIBED | {
+    "density": _DENSITY,
+    "exclude": _TEXTS,
+    "sha256": _TEXT,
+    "retain": _OBJECT,
+    "gain": _NUMBER,
+}
 _RETAIN: _Fields = {
     "ranking": _TEXT,
     "strength": _NUMBER,

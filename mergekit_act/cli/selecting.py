@@ -135,14 +135,15 @@ def profile(abilities_file: Path, out_dir: Path, overwrite: bool, settings: Prof
     metavar="PROFILE",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Spare an ability of the target: prefer channels that differ little on it. Repeatable. Not in the paper.",
+    help="Spare an ability of the target: prefer channels that differ little on it, of attributions those that damage "
+    "it little. Repeatable. Not in the paper.",
 )
 @click.option(
     "--retain-ranking",
     type=click.Choice(["difference", "ratio", "score"]),
-    help="By what channels are ranked, s being their score and r the largest on an ability to retain. difference: "
-    "s - strength * r. ratio: s / (r + median r). score: s, as without --retain.  "
-    "[default: difference]",
+    help="By what channels are ranked, s being their score and r the largest on an ability to retain, of attributions "
+    "the largest damage. difference: s - strength * r. ratio: s / (r + median r). score: s, as without --retain.  "
+    "[default: ratio for attributions, else difference]",
 )
 @click.option(
     "--retain-strength",
@@ -172,19 +173,21 @@ def mask(
     Keeps the top channels of each PROFILE and writes their union as a mask, and beside it a README.md for the Hub,
     except in the working directory.
     """
+    from mergekit_act.artifacts import save_mask
     from mergekit_act.files import check_free
     from mergekit_act.report import list_mask
     from mergekit_act.report.listings import head_warning
-    from mergekit_act.selection import write_mask
+    from mergekit_act.selection import mask_of_files
 
     check_free([out], overwrite=overwrite)  # before profiles are read
-    made = write_mask(profiles, out, density, exclude=exclude, retain=retained.load(), overwrite=overwrite)
+    made = mask_of_files(profiles, density, exclude=exclude, retain=retained.load())
     selected = {module: int(chosen.sum()) for module, chosen in made.channels.items()}
     warning = head_warning(
         made.layout, "the mask", selected, "Without them: " + repeat_command("--exclude {head} --overwrite")
     )
     if warning:
         echo(f"warning: {warning}", err=True)
+    save_mask(made, out, overwrite=overwrite)
     echo(list_mask(made))
     for readme in _describe(out.parent):
         echo(f"described for the Hub: {readme}")
@@ -213,9 +216,12 @@ class Retained:
             raise ValueError(
                 f"--retain-{next(iter(given))} needs --retain PROFILE, the abilities whose channels are spared"
             )
-        if "strength" in given and given.get("ranking", "difference") != "difference":
-            raise ValueError(f"--retain-strength belongs to the ranking by difference, not by {given['ranking']}")
-        return Retention.of_files(self.retain, **given) if self.retain else None
+        if not self.retain:
+            return None
+        retention = Retention.of_files(self.retain, **given)
+        if "strength" in given and retention.rule != "difference":
+            raise ValueError(f"--retain-strength belongs to the ranking by difference, not by {retention.rule}")
+        return retention
 
 
 def _describe(folder: Path) -> Sequence[Path]:
