@@ -27,6 +27,7 @@ __all__ = [
     "excluded_modules",
     "make_mask",
     "mask_of_files",
+    "predicted_effects",
     "rank_channels",
     "select_channels",
     "selected_count",
@@ -377,3 +378,19 @@ def describe_selection(source: Mapping[str, Any]) -> str:
         shown += f", strength {retain['strength']:g})" if has_strength else ")"
         shown += f" and without the top {shown_density(retain['density'])} of these" if retain.get("density") else ""
     return shown
+
+
+def predicted_effects(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a mask of attributions is expected to do, in a sentence; nothing if it is none.
+
+    Args:
+        sources: as the mask has them.
+    """
+    gains = {str(source.get("ability")): source["gain"] for source in sources if source.get("gain") is not None}
+    kept = [one for source in sources for one in (source.get("retain") or {}).get("abilities") or ()]
+    losses = {str(one.get("ability")): one["loss"] for one in kept if one.get("loss") is not None}
+    said = [f"{ability} falls by {gain:.3g}" for ability, gain in gains.items()]
+    said += [f"{ability} rises by {loss:.3g}" for ability, loss in losses.items()]
+    if not said:
+        return []
+    return [f"expected at weight 1, channel by channel: the loss of {', of '.join(said)} nats per answer token"]

@@ -119,7 +119,7 @@ class Instructions:
         data = source.get("data") or {}
         head: dict[str, Any] = {role: self._reference(role, source.get(role) or {}) for role in self._models}
         settings: dict[str, Any] = {}
-        if source.get("criterion") == "activation" and "dataset" in data:
+        if source.get("criterion") not in ("weight", "random") and "dataset" in data:
             head |= {key: data[key] for key in AbilitiesFile.model_fields if key in data}
             defaults = {key: one.get_default(call_default_factory=True) for key, one in Ability.model_fields.items()}
             settings = {key: data[key] for key in defaults if key in data and data[key] != defaults[key]}
@@ -194,6 +194,13 @@ def _options(source: Source) -> list[str]:
     if criterion in ("weight", "random"):
         seed = ["--random-seed", str(data["random_seed"])] if "random_seed" in data else []
         return ["--criterion", criterion, *seed, *options]
+    if criterion in ("local", "attribution"):
+        options = ["--criterion", criterion, *options]
+    if data.get("points", 1) != 1:
+        options += ["--points", str(data["points"])]
+    centered = bool(data.get("center_logits"))
+    if centered != (criterion == "local") and criterion != "attribution":
+        options.append("--center-logits" if centered else "--no-center-logits")
     if "batch_tokens" in data:
         options += ["--batch-tokens", str(data["batch_tokens"])]
     return ["--dtype", str(source["dtype"]), *options] if source.get("dtype") else options

@@ -25,6 +25,7 @@ __all__ = ["DENSITIES", "Comparison", "Pair", "Scored", "load_comparison"]
 
 DENSITIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 _STEPS = 100  # thresholds of a distribution
+_WITHOUT_DATA = ("weight", "random")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,7 @@ class Scored:
         ordered: float32 ``[channels]``, the scores of the channels that take part, ascending.
         thresholds: float32 ``[thresholds]``, ascending; the same for all profiles of one criterion.
         exceeding: int64 ``[modules, thresholds]``: how many of a module's channels have a score above a threshold.
+        damage: of attributions float32 ``[channels]``, that of the channels that take part, ascending; else empty.
     """
 
     label: str
@@ -50,6 +52,7 @@ class Scored:
     ordered: NDArray[np.float32]
     thresholds: NDArray[np.float32]
     exceeding: NDArray[np.int64]
+    damage: NDArray[np.float32]
 
     def score_at(self, density: float) -> float:
         """The smallest score of the top channels of a density."""
@@ -58,17 +61,22 @@ class Scored:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """All profiles of one target and one ability model.
+    """All profiles of one target and one ability model by one criterion, and those without data.
 
     Attributes:
-        label: names both models.
-        abilities: the profiles of activations.
+        label: names both models, and the criterion if it is not the only one or not the paper's.
+        abilities: the profiles that were made by samples, of one criterion.
         controls: those without data, by criterion: ``weight`` and ``random``.
     """
 
     label: str
     abilities: tuple[Scored, ...]
     controls: tuple[Scored, ...]
+
+    @property
+    def criterion(self) -> str:
+        """Of the abilities."""
+        return self.abilities[0].profile.criterion if self.abilities else "activation"
 
     @property
     def weights(self) -> tuple[Scored, ...]:
@@ -134,6 +142,15 @@ class Comparison:
         return {module: place for place, module in enumerate(self.layout.modules)}
 
 
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    path: Path
+    profile: Profile
+    scores: NDArray[np.float32]
+    damage: NDArray[np.float32]
+    ranks: NDArray[np.int32]
+
+
 def load_comparison(paths: Sequence[Path], density: float, *, exclude: Sequence[str] = ()) -> Comparison:
     """Read profiles and rank their channels.
 
@@ -152,18 +169,22 @@ def load_comparison(paths: Sequence[Path], density: float, *, exclude: Sequence[
     twice = {path for path in paths if [other.resolve() for other in paths].count(path.resolve()) > 1}
     if twice:
         raise ValueError(f"{', '.join(sorted(map(str, twice)))}: a profile is named twice")
-    loaded: list[tuple[Path, Profile, NDArray[np.float32], NDArray[np.int32]]] = []
+    loaded: list[_Loaded] = []
     for path in paths:
         profile = load_profile(path)
-        first = loaded[0][1].layout if loaded else profile.layout
+        first = loaded[0].profile.layout if loaded else profile.layout
         if not profile.layout.fits(first):
             raise ValueError(f"{paths[0]} and {path} are of models with different modules; a report is of one backbone")
         if profile.layout.shapes is None:
             raise ValueError(f"{path} does not know its model's parameter shapes; profile the pair again")
         ranks = rank_channels(profile, exclude=exclude).numpy().astype(np.int32)
-        scores = torch.cat([profile.scores[module].flatten() for module in first.modules]).numpy()
-        loaded.append((path, replace(profile, layout=first, scores={}), scores, ranks))
-    layout = loaded[0][1].layout
+        scores, damage = (
+            torch.cat([own[module].flatten() for module in first.modules]).numpy() if own else np.empty(0, np.float32)
+            for own in (profile.scores, profile.damage)
+        )
+        bare = replace(profile, layout=first, scores={}, damage={})
+        loaded.append(_Loaded(path, bare, scores, damage, ranks))
+    layout = loaded[0].profile.layout
     excluded = excluded_modules(layout, exclude)
     modules = [module for module in layout.modules if module not in excluded]
     if not modules:
@@ -171,30 +192,38 @@ def load_comparison(paths: Sequence[Path], density: float, *, exclude: Sequence[
     return Comparison(layout, modules, _pairs(loaded, layout, set(modules)), density)
 
 
-def _pairs(
-    loaded: Sequence[tuple[Path, Profile, NDArray[np.float32], NDArray[np.int32]]], layout: Layout, modules: set[str]
-) -> list[Pair]:
+def _pairs(loaded: Sequence[_Loaded], layout: Layout, modules: set[str]) -> list[Pair]:
     sizes = [math.prod(layout.channel_shape(module)) for module in layout.modules]
     takes_part = np.repeat([module in modules for module in layout.modules], sizes)
     module_of = np.repeat(np.arange(len(sizes)), sizes)
-    ordered = [np.sort(scores[takes_part]) for _, _, scores, _ in loaded]
-    thresholds = _thresholds([profile.criterion for _, profile, _, _ in loaded], ordered)
+    ordered = [np.sort(one.scores[takes_part]) for one in loaded]
+    thresholds = _thresholds([one.profile.criterion for one in loaded], ordered)
     groups: dict[tuple[str, str], list[int]] = {}
-    for place, (_, profile, _, _) in enumerate(loaded):
-        groups.setdefault((_identity(profile.target), _identity(profile.ability_model)), []).append(place)
-    pair_labels = _pair_labels([loaded[places[0]][1] for places in groups.values()])
+    for place, one in enumerate(loaded):
+        groups.setdefault((_identity(one.profile.target), _identity(one.profile.ability_model)), []).append(place)
+    pair_labels = _pair_labels([loaded[places[0]].profile for places in groups.values()])
     pairs, stems = [], set[str]()
+
+    def scored(label: str, place: int) -> Scored:
+        one, own = loaded[place], thresholds[loaded[place].profile.criterion]
+        exceeding = _exceeding(one.scores, own, module_of, len(sizes))
+        damage = np.sort(one.damage[takes_part]) if len(one.damage) else one.damage
+        stem = _stem(label, stems)
+        return Scored(label, stem, one.path, one.profile, one.ranks, ordered[place], own, exceeding, damage)
+
     for pair_label, places in zip(pair_labels, groups.values(), strict=True):
-        labels = _labels([(loaded[place][0], loaded[place][1]) for place in places])
-        members = []
-        for label, place in zip(labels, places, strict=True):
-            path, profile, scores, ranks = loaded[place]
-            own = thresholds[profile.criterion]
-            exceeding = _exceeding(scores, own, module_of, len(sizes))
-            stem = _stem(label, stems)
-            members.append(Scored(label, stem, path, profile, ranks, ordered[place], own, exceeding))
-        abilities = tuple(scored for scored in members if scored.profile.criterion == "activation")
-        pairs.append(Pair(pair_label, abilities, tuple(scored for scored in members if scored not in abilities)))
+        controls = [place for place in places if loaded[place].profile.criterion in _WITHOUT_DATA]
+        by_criterion: dict[str, list[int]] = {}
+        for place in places:
+            if place not in controls:
+                by_criterion.setdefault(loaded[place].profile.criterion, []).append(place)
+        control_labels = _labels([loaded[place] for place in controls])
+        without_data = tuple(scored(label, place) for label, place in zip(control_labels, controls, strict=True))
+        for criterion, own_places in (by_criterion or {"activation": []}).items():
+            labels = _labels([loaded[place] for place in own_places])
+            abilities = tuple(scored(label, place) for label, place in zip(labels, own_places, strict=True))
+            plain = criterion == "activation" and len(by_criterion) < 2
+            pairs.append(Pair(pair_label if plain else f"{pair_label}, {criterion}", abilities, without_data))
     return pairs
 
 
@@ -234,13 +263,13 @@ def _pair_labels(profiles: Sequence[Profile]) -> list[str]:
     return _unique(found)
 
 
-def _labels(files: Sequence[tuple[Path, Profile]]) -> list[str]:
+def _labels(files: Sequence[_Loaded]) -> list[str]:
     """The ability's name; with its file where several have it."""
-    names = [profile.ability for _, profile in files]
+    names = [one.profile.ability for one in files]
     return _unique(
         [
-            escape(name if names.count(name) == 1 else f"{name} ({path})")
-            for name, (path, _) in zip(names, files, strict=True)
+            escape(name if names.count(name) == 1 else f"{name} ({one.path})")
+            for name, one in zip(names, files, strict=True)
         ]
     )
 

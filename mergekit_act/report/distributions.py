@@ -16,7 +16,16 @@ from mergekit_act.wording import percent, shown_density
 
 __all__ = ["describe_distribution", "describe_moved", "describe_weights"]
 
-_SCORE = "score: mean |difference of activations|"
+_SCORES = {
+    "activation": "score: mean |difference of activations|",
+    "local": "score: mean |change of the channel's own output|",
+    "attribution": "attribution: nats per answer token",
+}
+_MEANINGS = {
+    "activation": "the mean absolute difference of the two models' activations on answer tokens",
+    "local": "the mean absolute change of the target's own output on answer tokens when the channel's weights move",
+    "attribution": "what the loss of the answers falls by, to first order, when the channel's weights move",
+}
 _CHANGE = "weight change of a channel, l2 norm"
 _ABOVE = "fraction of channels above"
 
@@ -35,7 +44,7 @@ def describe_distribution(comparison: Comparison, pair: Pair, suffix: str) -> Se
         "The fraction of channels whose score exceeds a threshold, by ability (figure 1a of the paper).",
         lambda: draw_lines(
             [_curve(comparison, scored, comparison.modules, scored.label) for scored in pair.abilities],
-            x_label=_SCORE,
+            x_label=_SCORES[pair.criterion],
             y_label=_ABOVE,
             mark=(comparison.density, f"top {top}"),
         ),
@@ -43,11 +52,45 @@ def describe_distribution(comparison: Comparison, pair: Pair, suffix: str) -> Se
     n, k = comparison.taking_part, comparison.top_count(comparison.density)
     return Section(
         "Distribution of scores",
-        f"ACT ranks the {n:,} channels by score, the mean absolute difference of the two models' activations on answer "
-        f"tokens; the top {top} are {k:,}. A long tail says that few channels differ much.",
+        f"ACT ranks the {n:,} channels by score, {_MEANINGS[pair.criterion]}; the top {top} are {k:,}. A long tail "
+        "says that few channels matter much.",
         [overall],
-        [_quantiles(comparison, pair, suffix), _curves(comparison, pair, suffix)],
-        folded=[_by_layer_and_kind(comparison, scored, suffix, _SCORE) for scored in pair.abilities],
+        [
+            _quantiles(comparison, pair, suffix),
+            *([_signs(pair, suffix)] if pair.criterion == "attribution" else []),
+            _curves(comparison, pair, suffix),
+        ],
+        folded=[_by_layer_and_kind(comparison, scored, suffix, _SCORES[pair.criterion]) for scored in pair.abilities],
+    )
+
+
+def _signs(pair: Pair, suffix: str) -> Table:
+    """How many channels help an ability, how many harm it, and how its damage is distributed."""
+    rows: list[Row] = []
+    csv_rows: list[list[object]] = []
+    levels = (0.5, 0.1, 0.01)
+    for scored in pair.abilities:
+        helping, harming = scored.ordered[scored.ordered > 0], scored.ordered[scored.ordered < 0]
+        sums = [float(some.sum(dtype=np.float64)) for some in (helping, harming)]
+        damage = [float(scored.damage[-max(1, int(level * len(scored.damage)))]) for level in levels]
+        numbers = [*sums, *damage, float(scored.damage.sum(dtype=np.float64))]
+        shares = [len(some) / len(scored.ordered) for some in (helping, harming)]
+        rows.append([scored.label, *(percent(share, 1) for share in shares), *(f"{value:.3g}" for value in numbers)])
+        csv_rows.append([scored.label, *shares, *numbers])
+    named = [f"damage: top {shown_density(level)} from" for level in levels]
+    return Table(
+        f"attribution{suffix}",
+        "Channels that help an ability when they move and those that harm it, what they add up to in nats per answer "
+        "token, to first order; and the damage that moving a channel does where the target is good, to second order.",
+        ["ability", "helping", "harming", "sum of helping", "sum of harming", *named, "sum of damage"],
+        rows,
+        [
+            "ability",
+            *("share_helping", "share_harming", "sum_helping", "sum_harming"),
+            *(f"damage_top_{level:g}" for level in levels),
+            "sum_damage",
+        ],
+        csv_rows,
     )
 
 
@@ -59,7 +102,7 @@ def _quantiles(comparison: Comparison, pair: Pair, suffix: str) -> Table:
     csv_rows: list[list[object]] = []
     for scored in pair.abilities:
         profile, ordered = scored.profile, scored.ordered
-        whole = float(ordered.sum(dtype=np.float64))
+        whole = float(ordered[ordered > 0].sum(dtype=np.float64))
         share = float(ordered[-k:].sum(dtype=np.float64)) / whole if whole else 0.0
         quantiles = [scored.score_at(level) for level in levels] + [float(ordered[-1])]
         shown = [f"{value:.3g}" for value in quantiles]
@@ -70,7 +113,7 @@ def _quantiles(comparison: Comparison, pair: Pair, suffix: str) -> Table:
     return Table(
         f"distribution{suffix}",
         f"The score from which on a channel is in the top. Last column: what the top "
-        f"{shown_density(comparison.density)} hold of the sum of scores.",
+        f"{shown_density(comparison.density)} hold of the sum of positive scores.",
         ["ability", "samples", "answer tokens", *named, "largest", "share of the sum"],
         rows,
         ["ability", "samples", "answer_tokens", *(f"top_{level:g}" for level in levels), "largest", "share_of_sum"],

@@ -10,7 +10,7 @@ from mergekit_act.artifacts import Mask, load_artifact
 from mergekit_act.groups import Groups, total
 from mergekit_act.report.comparison import Comparison, load_comparison
 from mergekit_act.report.listings import head_warning
-from mergekit_act.selection import describe_selection
+from mergekit_act.selection import describe_selection, predicted_effects
 from mergekit_act.wording import escape, percent, shown_density
 
 __all__ = ["list_essentials"]
@@ -55,6 +55,7 @@ def _mask_lines(path: Path, mask: Mask) -> list[str]:
         f"  {channels:,} of {everything:,} channels ({percent(channels, everything)}), {parameters:,} of "
         f"{layout.parameter_count():,} parameters ({percent(parameters, layout.parameter_count())})"
     )
+    lines += [f"  {line}" for line in predicted_effects(mask.sources)]
     taking_part = counts.get("channels_taking_part", everything)
     if taking_part != everything:
         lines.append(f"  {percent(channels, taking_part)} of the {taking_part:,} channels that were not excluded")
@@ -66,7 +67,6 @@ def _profile_lines(comparison: Comparison) -> list[str]:
     (pair,) = comparison.pairs
     (scored,) = (*pair.abilities, *pair.controls)
     profile, layout, n = scored.profile, comparison.layout, comparison.taking_part
-    k = comparison.top_count(comparison.density)
     what = f'profile of "{profile.ability}"' if pair.abilities else f"profile by {profile.criterion}"
     lines = [f"{scored.path}: {what}", f"  {_pair(profile.ability_model, profile.target)}"]
     if profile.samples:
@@ -76,15 +76,20 @@ def _profile_lines(comparison: Comparison) -> list[str]:
         )
     scores = [f"{scored.score_at(level):.3g} ({name})" for level, name in ((0.5, "median"), (0.1, "top 10 %"))]
     scores += [f"{scored.score_at(0.01):.3g} (top 1 %)", f"{float(scored.ordered[-1]):.3g} (largest)"]
-    lines.append(f"  scores from {', '.join(scores)}")
+    lines.append(f"  {'attributions' if len(scored.damage) else 'scores'} from {', '.join(scores)}")
+    if len(scored.damage):
+        helping = int((scored.ordered > 0).sum())
+        lines.append(
+            f"  {percent(helping, n)} of the channels help, by {float(scored.ordered[-helping:].sum()):.3g} nats per "
+            f"answer token in all to first order; damage {float(scored.damage.sum()):.3g} in all"
+        )
     selection = comparison.selections([scored])[0]
     selected = comparison.per_module(selection)
     parameters = layout.parameters_owned(selected)
     top = f"the top {shown_density(comparison.density)}"
     excluded = "" if n == layout.channel_count() else f" that are not excluded, {layout.channel_count():,} in all"
-    lines.append(
-        f"  {top}: {k:,} of {n:,} channels{excluded}, {percent(parameters, layout.parameter_count())} of the parameters"
-    )
+    channels, share = sum(selected.values()), percent(parameters, layout.parameter_count())
+    lines.append(f"  {top}: {channels:,} of {n:,} channels{excluded}, {share} of the parameters")
     remedy = "--exclude {head} leaves them out, here and in mergekit-act mask."
     return lines + _places(comparison.groups, selected, head_warning(layout, top, selected, remedy))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from mergekit_act.artifacts import Mask, Profile
 from mergekit_act.channels import Layout, kind_pattern
-from mergekit_act.selection import selected_parameters
+from mergekit_act.selection import predicted_effects, selected_parameters
 from mergekit_act.wording import percent, show_bytes, table
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ __all__ = [
     "list_check",
     "list_expert_tokens",
     "list_mask",
-    "predicted_effects",
 ]
 
 
@@ -74,22 +73,6 @@ def list_mask(mask: Mask) -> str:
         lines.append(f"{parameters:,} of {everything:,} parameters ({percent(parameters, everything)})")
         lines.append(_without_channels(layout))
     return "\n".join([*lines, *predicted_effects(mask.sources)])
-
-
-def predicted_effects(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a mask of attributions is expected to do, in a sentence; nothing if it is none.
-
-    Args:
-        sources: as the mask has them.
-    """
-    gains = {str(source.get("ability")): source["gain"] for source in sources if source.get("gain") is not None}
-    kept = [one for source in sources for one in (source.get("retain") or {}).get("abilities") or ()]
-    losses = {str(one.get("ability")): one["loss"] for one in kept if one.get("loss") is not None}
-    said = [f"{ability} falls by {gain:.3g}" for ability, gain in gains.items()]
-    said += [f"{ability} rises by {loss:.3g}" for ability, loss in losses.items()]
-    if not said:
-        return []
-    return [f"expected at weight 1, channel by channel: the loss of {', of '.join(said)} nats per answer token"]
 
 
 def head_module(layout: Layout) -> str | None:

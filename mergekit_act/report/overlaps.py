@@ -29,7 +29,7 @@ def describe_overlap(comparison: Comparison, pair: Pair, suffix: str) -> Section
     labels = [scored.label for scored in pair.abilities]
     selected = comparison.selections(pair.abilities)
     common = common_counts(selected)
-    counts = np.diag(common)
+    counts = np.maximum(np.diag(common), 1)
     unions = dict(_unions([scored.profile.ability for scored in pair.abilities], selected))
     top = shown_density(comparison.density)
     picture = Picture(
@@ -163,7 +163,7 @@ def describe_controls(comparison: Comparison, pair: Pair, suffix: str) -> Sectio
 
 
 def describe_consistency(comparison: Comparison) -> Iterator[Section]:
-    """The same ability in several pairs (finding 4)."""
+    """The same ability in several pairs (finding 4), or by several criteria."""
     found = {
         (_common_label(first, second), one.label, other.label): common_counts(comparison.selections([first, second]))
         for one, other in itertools.combinations(comparison.pairs, 2)
@@ -199,7 +199,9 @@ def describe_consistency(comparison: Comparison) -> Iterator[Section]:
         lambda: draw_bars(abilities, list(groups.items()), label=f"overlap of top {top} masks, %", mark=k / n),
     )
     text = "Where the channels of an ability are the same in two pairs, a mask of one may serve the other."
-    yield Section("Consistency across pairs", text, [picture], [table])
+    several = len({pair.criterion for pair in comparison.pairs}) > 1
+    title = f"Consistency across pairs{' and criteria' if several else ''}"
+    yield Section(title, text, [picture], [table])
 
 
 def _common_label(first: Scored, second: Scored) -> str:
