@@ -1,6 +1,6 @@
-"""Profiles and masks: what is in them, and how they are written, read and validated.
+"""Profiles, masks and inputs: what is in them, and how they are written, read and validated.
 
-Both are safetensors files with one metadata key, ``mergekit_act``, whose JSON says all that a merge needs. Version 2 of
+All are safetensors files with one metadata key, ``mergekit_act``, whose JSON says all that a merge needs. Version 2 of
 the format adds a checksum over the tensors; version 1 is read as well.
 """
 
@@ -35,12 +35,15 @@ from mergekit_act.wording import enumerate_some, escape, shorten
 __all__ = [
     "ArtifactError",
     "ForeignFileError",
+    "Inputs",
     "Mask",
     "Profile",
     "load_artifact",
+    "load_inputs",
     "load_mask",
     "load_metadata",
     "load_profile",
+    "save_inputs",
     "save_mask",
     "save_profile",
 ]
@@ -125,7 +128,29 @@ class Mask:
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """A sample of the inputs that the target's modules receive, by role of the abilities (DESIGN, fit).
+
+    Attributes:
+        tensors: ``<role>.<source>`` -> bfloat16 ``[rows, width]``, some of a source's inputs; of a norm float32
+            ``[channels]``, the mean squares of what its weights multiply; of an embedding float32 ``[rows]``, the share
+            of tokens that take each row. Of experts ``<role>.<source>.expert``, int32 ``[rows]``, says whose each is.
+        layout: what the modules' channels own.
+        sources: module -> the name of its source; modules that share their input share it.
+        target: the target model: ``model``, ``revision``, ``fingerprint``.
+        roles: ``recover`` and ``keep`` -> ``abilities``, ``samples``, ``tokens`` and ``rows`` taken of these.
+    """
+
+    tensors: Mapping[str, Tensor]
+    layout: Layout
+    sources: Mapping[str, str]
+    target: Mapping[str, Any]
+    roles: Mapping[str, Mapping[str, Any]]
+
+
 _PROVENANCE = {
+    "inputs": tuple(n for n in Inputs.__dataclass_fields__ if n not in ("tensors", "layout")),
     "profile": tuple(n for n in Profile.__dataclass_fields__ if n not in ("scores", "damage", "layout")),
     "mask": tuple(n for n in Mask.__dataclass_fields__ if n not in ("channels", "layout")),
 }
@@ -155,6 +180,31 @@ def save_mask(mask: Mask, path: str | Path, *, overwrite: bool = False) -> None:
     _check(mask_problems(mask.channels, mask.layout, mask.counts), path)
     selected = {module: chosen for module, chosen in mask.channels.items() if chosen.any()}
     _save("mask", mask, selected, path, overwrite)
+
+
+def save_inputs(inputs: Inputs, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write a sample of inputs. Equal content gives equal bytes.
+
+    Raises:
+        FileExistsError: the file exists and ``overwrite`` is false.
+    """
+    _save("inputs", inputs, inputs.tensors, path, overwrite)
+
+
+def load_inputs(path: str | Path) -> Inputs:
+    """Read what a file of inputs says; its tensors are mapped, and read when they are used.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ArtifactError: it is no file of inputs of this format version.
+    """
+    metadata, tensors = _read(Path(path), copied=False)
+    if metadata["kind"] != "inputs":
+        raise ArtifactError(
+            f"{escape(path)} is a {metadata['kind']}; expected inputs, as mergekit-act profile --inputs writes them."
+        )
+    known = {name: metadata[name] for name in _PROVENANCE["inputs"]}
+    return Inputs(tensors=tensors, layout=_layout_from(metadata), **known)
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -188,6 +238,8 @@ def load_artifact(path: str | Path) -> Profile | Mask:
     path = Path(path)
     metadata, tensors = _read(path)
     layout = _layout_from(metadata)
+    if metadata["kind"] == "inputs":
+        raise ArtifactError(f"{escape(path)} is a file of inputs; expected a profile or a mask.")
     order = {module: place for place, module in enumerate(layout.parameters)}
     kind = metadata["kind"]
     signed = kind == "profile" and metadata["criterion"] == "attribution"
@@ -210,7 +262,7 @@ def load_artifact(path: str | Path) -> Profile | Mask:
 
 
 def _save(
-    kind: str, artifact: Profile | Mask, tensors: Mapping[str, Tensor], path: str | Path, overwrite: bool
+    kind: str, artifact: Profile | Mask | Inputs, tensors: Mapping[str, Tensor], path: str | Path, overwrite: bool
 ) -> None:
     layout = artifact.layout
     metadata: dict[str, Any] = {
@@ -243,7 +295,7 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     return _read(Path(path), tensors=False)[0]
 
 
-def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path, *, tensors: bool = True, copied: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shown = escape(path)
     if path.is_dir():
         raise FileNotFoundError(f"{shown} is a folder; name the files in it, such as {shown}/*.safetensors")
@@ -253,7 +305,8 @@ def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
-            read = {name: _copied(file.get_tensor(name)) for name in (file.keys() if tensors and text else ())}
+            names = file.keys() if tensors and text else ()
+            read = {name: _copied(file.get_tensor(name)) if copied else file.get_tensor(name) for name in names}
     except SafetensorError as error:
         reason = shorten(error, 500)
         raise ArtifactError(f"{shown} is not a complete safetensors file ({reason}). Make it again.") from error
@@ -274,7 +327,7 @@ def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str
     kind = metadata.get("kind")
     if not (isinstance(kind, str) and kind in KINDS):
         named = escape(shorten(kind, 100))
-        raise ArtifactError(f'{shown} is a "{named}"; expected a profile or a mask.')
+        raise ArtifactError(f'{shown} is a "{named}"; expected a profile, a mask or inputs.')
     _check(metadata_problems(metadata), path)
     return metadata, read
 

@@ -29,7 +29,7 @@ __all__ = [
 
 #: Those that can be read; the last is written.
 FORMAT_VERSIONS = (1, 2)
-KINDS = ("profile", "mask")
+KINDS = ("profile", "mask", "inputs")
 
 _DEEPEST = 50  # what YAML files may have, and so the data settings in the metadata
 _LARGEST = 2**53
@@ -188,6 +188,11 @@ def metadata_problems(metadata: Mapping[str, Any]) -> list[str]:
             return ['its "sources" are no list of objects']
         fields: _Fields = {"operation": _TEXT, "counts": ("an object of whole numbers", _is_object_of(_is_count))}
         found = [problem for source in sources for problem in _described(source, _SOURCE, '"sources": ')]
+        found += _typed(metadata, fields, "")
+    elif metadata["kind"] == "inputs":
+        fields = {"sources": ("an object of texts", _is_object_of(_is_text)), "target": _OBJECT}
+        fields["roles"] = ("an object of objects", _is_object_of(_is_object))
+        found = [f'its metadata lacks "{key}"' for key in fields if metadata.get(key) is None]
         found += _typed(metadata, fields, "")
     else:
         required = ("criterion", "ability", "target", "ability_model")

@@ -71,6 +71,13 @@ class MicroBatch:
         places[answers] = torch.arange(len(answers), device=places.device)
         return places
 
+    def by_token(self, output: Tensor, token_axis: int | None) -> Tensor:
+        """A view of a module's output as ``[batch, tokens, …, channels]``; arguments as of ``answer_rows``."""
+        batch, length = self.input_ids.shape
+        if token_axis is None:
+            return output.reshape(batch, length, -1, *output.shape[1:])
+        return output.unsqueeze(0) if token_axis == 0 else output.movedim(token_axis, 1)
+
     def answer_rows(self, output: Tensor, token_axis: int | None) -> list[Tensor]:
         """A module's output at the answer tokens, in parts ``[rows, channels]`` that are the same for both models.
 
@@ -81,14 +88,8 @@ class MicroBatch:
             token_axis: which dimension of it are token positions; None if its first one is the batch, positions and
                 possibly heads.
         """
-        batch, length = self.input_ids.shape
-        if token_axis is None:
-            by_sample = output.reshape(batch, length, -1, *output.shape[1:])
-        elif token_axis == 0:
-            by_sample = output.unsqueeze(0)
-        else:
-            by_sample = output.movedim(token_axis, 1)
-        shared = len(by_sample) == 1 and batch > 1  # one output for all samples: position embeddings
+        by_sample = self.by_token(output, token_axis)
+        shared = len(by_sample) == 1 < len(self.input_ids)  # one output for all samples: position embeddings
         if output.device.type == "cpu":
             return [by_sample[0 if shared else sample, a:b].flatten(0, -2) for sample, a, b in self.runs]
         if shared:

@@ -58,6 +58,11 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
     help="For --criterion attribution: average so many points on the line from the target to the ability model.",
 )
 @click.option(
+    "--inputs",
+    is_flag=True,
+    help="Keep a sample of what the target's modules receive too, OUT_DIR/inputs.safetensors, for merges with fit.",
+)
+@click.option(
     "--center-logits/--no-center-logits",
     default=None,
     help="Take off from a token's differences of logits their mean, which softmax ignores.  [default: only for "
@@ -115,6 +120,8 @@ def profile(abilities_file: Path, out_dir: Path, overwrite: bool, settings: Prof
         echo(path)
         if "expert_tokens" in made.data:
             echo(list_expert_tokens(made))
+    if written.profiles and written.inputs is not None:
+        echo(written.inputs)
     if written.profiles:  # by this process
         _describe(out_dir)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.func import functional_call
 from mergekit_act.channels import is_norm, is_router
 from mergekit_act.streaming.experts import ExpertOutput, project
 
-__all__ = ["Changes"]
+__all__ = ["Changes", "multiplied"]
 
 
 class Changes:
@@ -42,13 +43,7 @@ class Changes:
             hidden, bias = arguments[0], getattr(owner, "bias", None)
             return nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), owner.weight, bias)
         if is_norm(owner):
-            # In float32: norms change little, and less than the last digit of a narrow output.
-            wide = {name: parameter.float() for name, parameter in owner.named_parameters(recurse=False)}
-            arguments, keywords = _widened(arguments), _widened(keywords)
-            none = {name: torch.zeros_like(parameter) for name, parameter in wide.items()}
-            moved, still = (functional_call(owner, own, arguments, keywords) for own in (wide, none))
-            difference: Tensor = moved - still
-            return difference
+            return _effect(owner, dict(owner.named_parameters(recurse=False)), arguments, keywords)
         changed: Tensor = owner.forward(*arguments, **keywords)
         return changed
 
@@ -63,6 +58,26 @@ class Changes:
         owner, _, projection = module.rpartition(".")
         changed = project(self._model.get_submodule(owner), projection, rows, output.ends)
         return ExpertOutput(changed, output.tokens, output.ends)
+
+
+def multiplied(norm: nn.Module, arguments: Any, keywords: Any) -> Tensor:
+    """What a norm's weights multiply: its input, normalised; float32, as its output."""
+    ones = {name: torch.full_like(own, name == "weight") for name, own in norm.named_parameters(recurse=False)}
+    return _effect(norm, ones, arguments, keywords)
+
+
+def _effect(norm: Any, weights: Mapping[str, Tensor], arguments: Any, keywords: Any) -> Tensor:
+    """What weights add to a norm's output, in which its own may have a constant added to them.
+
+    In float32: norms change little, and less than the last digit of a narrow output.
+    """
+    wide = {name: parameter.detach().float() for name, parameter in weights.items()}
+    none = {name: torch.zeros_like(parameter) for name, parameter in wide.items()}
+    arguments, keywords = _widened(arguments), _widened(keywords)
+    with torch.no_grad():
+        moved, still = (functional_call(norm, own, arguments, keywords) for own in (wide, none))
+    difference: Tensor = moved - still
+    return difference
 
 
 def _widened(values: Any) -> Any:

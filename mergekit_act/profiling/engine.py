@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mergekit_act.abilities.batches import MicroBatch
 from mergekit_act.channels import Layout
+from mergekit_act.profiling.inputs import InputSample, TokenPlaces
 from mergekit_act.profiling.sums import ChannelSums
 from mergekit_act.streaming.hidden import HiddenStates
 from mergekit_act.streaming.outputs import OutputForms
@@ -44,12 +45,14 @@ class Work:
         sums: those of its ability.
         calls: what the decoder layers of each model receive besides the hidden state, if that is kept.
         finite: bool ``[batch]``: samples whose effects are neither NaN nor infinite; None if none were seen.
+        inputs: where inputs of the target's modules are kept, and those of which tokens.
     """
 
     batch: MicroBatch
     sums: ChannelSums
     calls: list[list[Any]] = field(default_factory=lambda: [[], []])
     finite: Tensor | None = None
+    inputs: tuple[InputSample, TokenPlaces] | None = None
 
 
 class Engine(ABC):
@@ -162,6 +165,25 @@ class Engine(ABC):
             ValueError: a module's output can't be observed or read.
         """
 
+    @abstractmethod
+    def observers(self, work: Work) -> Sequence[Observer]:
+        """What sees the outputs of each model that runs, the target's first."""
+
+    def watchers(self, work: Work) -> list[Observer]:
+        """The observers; the target's also takes inputs that are to be kept."""
+        observers = list(self.observers(work))
+        if work.inputs is not None:
+            sample, places = work.inputs
+            axes, model = self.forms.token_axes, self.target.model
+            observers[0] = sample.watching(model, axes, work.batch, places, observers[0])
+        return observers
+
+    def take_head_inputs(self, work: Work, normalised: Tensor) -> None:
+        """Keep what the target's head receives, ``[batch, tokens, hidden]``, if inputs are to be kept."""
+        if work.inputs is not None and self.head in self.layout.parameters:
+            sample, places = work.inputs
+            sample.take_rows(self.head, normalised, places)
+
     def offsets(self, *hidden: Tensor) -> Tensor | None:
         """The mean over the vocabulary of what the second head's logits have beyond the first's, if they are centred.
 
@@ -257,10 +279,6 @@ class ForwardEngine(Engine):
                     advance(partial(self._layer, piece.layer))
 
     @abstractmethod
-    def observers(self, work: Work) -> Sequence[Observer]:
-        """What sees the outputs of each model that runs, the target's first."""
-
-    @abstractmethod
     def score_head(self, work: Work, heads: Sequence[HeadSlice], hidden: Sequence[Tensor]) -> None:
         """Score some rows of the head.
 
@@ -274,7 +292,7 @@ class ForwardEngine(Engine):
         ids = work.batch.input_ids
         embedded = [
             model.embed(ids, observer)
-            for model, observer in zip(self.models[: self.runs], self.observers(work), strict=True)
+            for model, observer in zip(self.models[: self.runs], self.watchers(work), strict=True)
         ]
         if keeps_calls:
             work.calls = [carried.calls for carried in embedded]
@@ -284,16 +302,17 @@ class ForwardEngine(Engine):
         ids, calls = work.batch.input_ids, work.calls
         return [
             self.models[side].layer(layer, ids, Carried(states[side], calls[side]), observer)
-            for side, observer in enumerate(self.observers(work))
+            for side, observer in enumerate(self.watchers(work))
         ]
 
     def _normalise(self, work: Work, states: Sequence[Tensor]) -> Sequence[Tensor]:
         ids = work.batch.input_ids
         outputs = [
             self.models[side].normalise(ids, states[side], observer)
-            for side, observer in enumerate(self.observers(work))
+            for side, observer in enumerate(self.watchers(work))
         ]
         work.calls = [[], []]
+        self.take_head_inputs(work, outputs[0])
         return [torch.cat(work.batch.answer_rows(output, 1)) for output in outputs]
 
     def _score_heads(self, heads: Sequence[HeadSlice], work: Work, states: Sequence[Tensor]) -> None:

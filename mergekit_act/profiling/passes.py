@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 from mergekit_act.abilities.batches import MicroBatch
 from mergekit_act.profiling.engine import Engine, Work, working_bytes
+from mergekit_act.profiling.inputs import TokenPlaces
 from mergekit_act.profiling.pair import ModelPair
+from mergekit_act.profiling.progress import Gathered
 from mergekit_act.profiling.settings import ProfilingSettings
-from mergekit_act.profiling.sums import ChannelSums, restore, scratch_bytes, store
+from mergekit_act.profiling.sums import ChannelSums, scratch_bytes
 from mergekit_act.runs.state import StateFile
 from mergekit_act.streaming.chunks import ChunkCutter
 from mergekit_act.streaming.hidden import HiddenStates, Place
@@ -42,6 +44,7 @@ class Pass:
         pair: the models.
         settings: how they run, resolved.
         batches: the micro-batches, each with the place of its ability.
+        places: for each micro-batch the tokens whose inputs are kept; empty if none are.
         names: of the abilities.
         neighbours: how many processes share this machine.
     """
@@ -50,14 +53,15 @@ class Pass:
     pair: ModelPair
     settings: ProfilingSettings
     batches: Sequence[tuple[int, MicroBatch]]
+    places: Sequence[TokenPlaces]
     names: Sequence[str]
     neighbours: int
 
-    def run(self, every_sums: Sequence[ChannelSums], saved: StateFile | None) -> None:
+    def run(self, gathered: Gathered, saved: StateFile | None) -> None:
         """Add up the differences of all micro-batches that a saved state does not have yet.
 
         Args:
-            every_sums: of each ability.
+            gathered: what is added to.
             saved: where the state is kept.
 
         Raises:
@@ -65,21 +69,21 @@ class Pass:
                 observed, or activations are NaN or infinite.
         """
         points = self.settings.line_points if self.engine.by_differences else (None,)
-        done = restore(every_sums, saved) if saved is not None else 0
+        done = gathered.restore(saved) if saved is not None else 0
         total = len(points) * len(self.batches)
         reached = done
-        with _kept_on_error(saved, every_sums, total) as note:
+        with _kept_on_error(saved, gathered, total) as note:
             note(done)
             for place, point in enumerate(points):
                 end = (place + 1) * len(self.batches)
                 if reached < end:
-                    self._run(point, every_sums, saved, note, (reached, end, total))
+                    self._run(point, gathered, saved, note, (reached, end, total))
                     reached = end
 
     def _run(
         self,
         point: float | None,
-        every_sums: Sequence[ChannelSums],
+        gathered: Gathered,
         saved: StateFile | None,
         note: Callable[[int | None], None],
         progress_of: tuple[int, int, int],
@@ -108,8 +112,12 @@ class Pass:
                     started, waited = time.monotonic(), weights.waited
                     hidden = HiddenStates(place, device)
                     chunk = left[:count]
-                    with closing(hidden), _all_or_nothing(every_sums, chunk, note, done):
-                        works = [Work(batch.to(device), every_sums[ability]) for ability, batch in chunk]
+                    with closing(hidden), _all_or_nothing(gathered.sums, chunk, note, done):
+                        works = [Work(batch.to(device), gathered.sums[ability]) for ability, batch in chunk]
+                        if gathered.inputs is not None:
+                            for work, places in zip(works, self.places[done - first :], strict=False):
+                                if len(places.rows):
+                                    work.inputs = (gathered.inputs, places.to(device))
                         engine.run(works, hidden, more=done + count < end, on_progress=progress)
                         for work, (ability, batch) in zip(works, chunk, strict=True):
                             _check_finite(work, batch, self.names[ability], dtype)
@@ -117,7 +125,7 @@ class Pass:
                     if cutter is not None:
                         cutter.learn(time.monotonic() - started, weights.waited - waited)
                     if saved is not None and (done == total or time.monotonic() - saved_at >= self.settings.save_every):
-                        store(every_sums, saved, done, total)
+                        gathered.store(saved, done, total)
                         saved_at = time.monotonic()
 
     @contextmanager
@@ -199,9 +207,7 @@ class Pass:
 
 
 @contextmanager
-def _kept_on_error(
-    saved: StateFile | None, every_sums: Sequence[ChannelSums], total: int
-) -> Iterator[Callable[[int | None], None]]:
+def _kept_on_error(saved: StateFile | None, gathered: Gathered, total: int) -> Iterator[Callable[[int | None], None]]:
     """If the run is interrupted or fails, save what it has reached.
 
     Yields:
@@ -219,7 +225,7 @@ def _kept_on_error(
         if saved is None or not done:  # nothing to save, or no whole number of chunks: the file stays as it is
             raise
         try:
-            store(every_sums, saved, done, total)
+            gathered.store(saved, done, total)
         except Exception as failure:
             LOG.warning("the state of the run could not be saved: %s", failure)
             raise error from None

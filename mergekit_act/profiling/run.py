@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_act.abilities import AbilitiesFile, AbilitySamples, Tokenizers, collect_samples
-from mergekit_act.artifacts import Profile, save_profile
+from mergekit_act.artifacts import Profile, save_inputs, save_profile
 from mergekit_act.files import check_free, check_writable, remove_leftovers
 from mergekit_act.profiling.criteria import ENGINES, profile_without_data
 from mergekit_act.profiling.pair import ModelPair, open_pair
-from mergekit_act.profiling.scoring import profile_pair
+from mergekit_act.profiling.scoring import identity_of, measure_pair
 from mergekit_act.profiling.settings import ProfilingSettings
 from mergekit_act.runs.folders import claimed
 from mergekit_act.runs.processes import Processes, join_processes
@@ -21,6 +21,7 @@ from mergekit_act.runs.state import check_settings, is_complete
 __all__ = ["WrittenProfiles", "write_profiles"]
 
 _STATE = "profile.state"
+_INPUTS = "inputs.safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,11 @@ class WrittenProfiles:
 
     Attributes:
         profiles: path -> what is in it; empty in all processes but the first.
+        inputs: the file of inputs, if one was written.
     """
 
     profiles: Mapping[Path, Profile]
+    inputs: Path | None = None
 
 
 def write_profiles(
@@ -59,11 +62,14 @@ def write_profiles(
     settings = settings or ProfilingSettings()
     by_data = settings.criterion in ENGINES
     paths = [out_dir / f"{name}.safetensors" for name in (file.abilities if by_data else [settings.criterion])]
+    inputs = out_dir / _INPUTS if settings.inputs else None
+    if inputs in paths:
+        raise ValueError(f'"{inputs.stem}" is the name of the file of inputs; give the ability another one')
     with join_processes() as processes:
         check_writable(out_dir)
         # A run that was ended while it wrote its profiles has some of them, and its state.
         if processes.rank == 0 and not any(is_complete(state) for state in _states(out_dir)):
-            check_free(paths, overwrite=overwrite)
+            check_free([*paths, *([inputs] if inputs else [])], overwrite=overwrite)
         settings = settings.resolved(processes)
         with _one_after_the_other(processes):  # the first one fetches the models from the Hub and merges a LoRA
             pair = open_pair(
@@ -80,16 +86,18 @@ def write_profiles(
         if pair.target.fingerprint == pair.ability_model.fingerprint:
             raise ValueError(f"{file.target} and {file.ability_model} are the same model; there is nothing to transfer")
         if by_data:
-            profiles = _profile_by_data(pair, abilities, settings, processes, paths, overwrite=overwrite)
+            roles = {name: ability.role for name, ability in file.abilities.items()} if inputs else None
+            profiles = _profile_by_data(pair, abilities, roles, settings, processes, paths, overwrite=overwrite)
         elif processes.rank == 0:
             profiles = [profile_without_data(pair, settings.criterion, random_seed=settings.random_seed)]
             save_profile(profiles[0], paths[0], overwrite=overwrite)
-        return WrittenProfiles(dict(zip(paths, profiles, strict=True)) if processes.rank == 0 else {})
+        return WrittenProfiles(dict(zip(paths, profiles, strict=True)) if processes.rank == 0 else {}, inputs)
 
 
 def _profile_by_data(
     pair: ModelPair,
     abilities: Sequence[AbilitySamples],
+    roles: Mapping[str, str] | None,
     settings: ProfilingSettings,
     processes: Processes,
     paths: Sequence[Path],
@@ -104,10 +112,13 @@ def _profile_by_data(
             if not any(is_complete(found) for found in _states(out_dir)):
                 check_free(paths, overwrite=overwrite)  # again: another run may have ended since
             for found in _states(out_dir):
-                check_settings(found, settings.identity(pair, abilities, processes), overwrite=overwrite)
+                check_settings(found, identity_of(pair, abilities, settings, roles, processes), overwrite=overwrite)
         processes.wait()
-        profiles = profile_pair(pair, abilities, settings, state=state, processes=processes)
+        profiles, inputs = measure_pair(pair, abilities, settings, roles=roles, state=state, processes=processes)
         if processes.rank == 0:
+            if inputs is not None:
+                remove_leftovers(out_dir / _INPUTS)
+                save_inputs(inputs, out_dir / _INPUTS, overwrite=True)
             for profile, path in zip(profiles, paths, strict=True):
                 remove_leftovers(path)
                 save_profile(profile, path, overwrite=True)

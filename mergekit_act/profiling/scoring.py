@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from mergekit_act.abilities import AbilitySamples
 from mergekit_act.abilities.batches import cut_batches
-from mergekit_act.artifacts import Profile
+from mergekit_act.artifacts import Inputs, Profile
 from mergekit_act.devices import dtype_name
 from mergekit_act.models import check_samples_fit
 from mergekit_act.profiling.criteria import ENGINES
+from mergekit_act.profiling.inputs import InputSample
 from mergekit_act.profiling.pair import ModelPair
 from mergekit_act.profiling.passes import Pass
+from mergekit_act.profiling.progress import Gathered
 from mergekit_act.profiling.settings import ProfilingSettings
 from mergekit_act.profiling.sums import ChannelSums
 from mergekit_act.runs.processes import Processes
 from mergekit_act.runs.state import StateFile
 from mergekit_act.wording import enumerate_some
 
-__all__ = ["profile_pair"]
+__all__ = ["identity_of", "measure_pair", "profile_pair"]
 
 
 def profile_pair(
@@ -33,12 +36,26 @@ def profile_pair(
     state: Path | None = None,
     processes: Processes | None = None,
 ) -> list[Profile]:
-    """The profiles of a pair, one per ability; all abilities go through the models in one pass.
+    """The profiles of a pair, one per ability; arguments and errors as of ``measure_pair``."""
+    return measure_pair(pair, abilities, settings, state=state, processes=processes)[0]
+
+
+def measure_pair(
+    pair: ModelPair,
+    abilities: Sequence[AbilitySamples],
+    settings: ProfilingSettings | None = None,
+    *,
+    roles: Mapping[str, str] | None = None,
+    state: Path | None = None,
+    processes: Processes | None = None,
+) -> tuple[list[Profile], Inputs | None]:
+    """The profiles of a pair, one per ability, and a sample of inputs; all abilities go through the models in one pass.
 
     Args:
         pair: the models.
         abilities: their samples.
         settings: how, and by which criterion.
+        roles: ability -> ``recover`` or ``keep``, to sample inputs of the target's modules; None samples none.
         state: file in which an unfinished run is kept, and from which it goes on; None keeps nothing.
         processes: those that share the samples; None for this one alone.
 
@@ -54,21 +71,36 @@ def profile_pair(
             raise ValueError(f'ability "{ability.name}" has no answer tokens')
         for checkpoint in (pair.target, pair.ability_model):
             check_samples_fit(checkpoint, ability)
-    batches = [(n, batch) for n, a in enumerate(abilities) for batch in cut_batches(a.samples, settings.batch_tokens)]
-    batches = batches[processes.rank :: processes.count]
+    every = [(n, batch) for n, a in enumerate(abilities) for batch in cut_batches(a.samples, settings.batch_tokens)]
+    batches = every[processes.rank :: processes.count]
     engine = ENGINES[settings.criterion]
     scratch: Tensor | None = None
     every_sums: list[ChannelSums] = []
     for _ in abilities:
         every_sums.append(ChannelSums(pair.layout, settings.place, scratch, engine.kinds))
         scratch = every_sums[0].scratch
-    saved = None if state is None else StateFile(state, settings.identity(pair, abilities, processes))
+    inputs = None if roles is None else InputSample(pair, abilities, roles, every)
+    places = [] if inputs is None else inputs.places[processes.rank :: processes.count]
+    saved = None if state is None else StateFile(state, identity_of(pair, abilities, settings, roles, processes))
     names = [ability.name for ability in abilities]
     own = replace(settings, quiet=settings.quiet or processes.rank > 0)
-    Pass(engine, pair, own, batches, names, processes.local_count).run(every_sums, saved)
+    gathered = Gathered(every_sums, inputs)
+    Pass(engine, pair, own, batches, places, names, processes.local_count).run(gathered, saved)
     for sums in every_sums:
         sums.add_up(processes)
-    return [_profile(pair, ability, sums, settings) for ability, sums in zip(abilities, every_sums, strict=True)]
+    profiles = [_profile(pair, ability, sums, settings) for ability, sums in zip(abilities, every_sums, strict=True)]
+    return profiles, None if inputs is None else inputs.finished(processes)
+
+
+def identity_of(
+    pair: ModelPair,
+    abilities: Sequence[AbilitySamples],
+    settings: ProfilingSettings,
+    roles: Mapping[str, str] | None,
+    processes: Processes,
+) -> dict[str, Any]:
+    """All that a run's results depend on: one that is continued must have the same."""
+    return settings.identity(pair, abilities, processes) | ({} if roles is None else {"inputs": dict(roles)})
 
 
 def _profile(pair: ModelPair, ability: AbilitySamples, sums: ChannelSums, settings: ProfilingSettings) -> Profile:

@@ -34,6 +34,7 @@ class ProfilingSettings:
         points: for ``attribution``: how many points on the line from the target to the ability model are averaged.
         center_logits: take off each token's mean over the vocabulary from differences of logits, which softmax ignores.
             None does so for the criterion ``local``; it is not for ``attribution``.
+        inputs: keep a sample of the inputs of the target's modules too, which a fit is solved with.
         random_seed: for the criterion ``random``.
         exclude: globs of modules that get no scores.
         lora_merge_cache: folder for merged models, for references of the form ``model+lora``.
@@ -49,6 +50,7 @@ class ProfilingSettings:
     save_every: float = 60.0
     points: int = 1
     center_logits: bool | None = None
+    inputs: bool = False
     random_seed: int = 0
     exclude: Sequence[str] = ()
     lora_merge_cache: str | None = None
@@ -63,6 +65,10 @@ class ProfilingSettings:
         """
         if self.points != 1 and self.criterion != "attribution":
             raise ValueError(f"points belong to the criterion attribution, not to {self.criterion}")
+        if self.inputs and (self.points != 1 or self.criterion in ("weight", "random")):
+            raise ValueError(
+                "inputs are the target's on samples: they are kept with activation, local, and attribution of 1 point"
+            )
         if self.center_logits is not None and self.criterion not in ("activation", "local"):
             raise ValueError(f"logits are centered for the criteria activation and local, not for {self.criterion}")
         device = usable_device(self.device, processes.local_rank if processes.count > 1 else None)

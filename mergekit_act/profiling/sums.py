@@ -10,10 +10,9 @@ from torch import Tensor
 
 from mergekit_act.channels import Layout
 from mergekit_act.runs.processes import Processes
-from mergekit_act.runs.state import StateFile
 from mergekit_act.streaming.experts import ExpertOutput
 
-__all__ = ["ChannelSums", "restore", "scratch_bytes", "store"]
+__all__ = ["ChannelSums", "scratch_bytes"]
 
 # Numbers whose differences are computed together: on a CPU they should stay in its cache.
 _CPU_BLOCK = 1 << 18
@@ -189,39 +188,6 @@ class ChannelSums:
             module: (total / self.counts[module]).float().cpu().view(self._layout.channel_shape(module))
             for module, total in self.by_module(self.vector[kind]).items()
         }
-
-
-def store(every_sums: Sequence[ChannelSums], state: StateFile, done: int, total: int) -> None:
-    """Save sums of which so many micro-batches are added up, of all there are."""
-    begun = {str(place): sums for place, sums in enumerate(every_sums) if any(sums.counts.values())}
-    state.save(
-        {name: sums.vector.cpu() for name, sums in begun.items()},
-        done=done,
-        total=total,
-        counts={name: list(sums.counts.values()) for name, sums in begun.items()},
-        expert_tokens={name: sums.expert_tokens for name, sums in begun.items()},
-    )
-
-
-def restore(every_sums: Sequence[ChannelSums], state: StateFile) -> int:
-    """Set sums to what was saved of them, if anything was.
-
-    Returns:
-        How many micro-batches are added up.
-
-    Raises:
-        ValueError: it is the state of a run with other settings.
-    """
-    loaded = state.load()
-    if loaded is None:
-        return 0
-    tensors, progress = loaded
-    for name, vector in tensors.items():
-        sums = every_sums[int(name)]
-        sums.vector.copy_(vector)
-        sums.counts = dict(zip(sums.counts, progress["counts"][name], strict=True))
-        sums.expert_tokens = progress["expert_tokens"][name]
-    return int(progress["done"])
 
 
 def _block(layout: Layout, device: str) -> int:

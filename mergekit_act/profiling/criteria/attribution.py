@@ -209,7 +209,9 @@ class AttributionEngine(Engine):
 
     def _find_answers(self, hidden: HiddenStates, layers: int, place: int, work: Work) -> _Answers:
         state = hidden.taken((place, layers)).clone()
-        return _Answers.of(work, self.target.normalise(work.batch.input_ids, state))
+        normalised = self.target.normalise(work.batch.input_ids, state)
+        self.take_head_inputs(work, normalised)
+        return _Answers.of(work, normalised)
 
     def _add_exponentials(self, every: Sequence[_Answers], head: HeadSlice, place: int, _: Work) -> None:
         answers = every[place]
@@ -260,7 +262,7 @@ class AttributionEngine(Engine):
         hidden.drop((place, layers))
         with torch.enable_grad():
             leaf = state.detach().clone().requires_grad_()
-            normalised = self.target.normalise(work.batch.input_ids, leaf.clone(), self.observers(work)[0])
+            normalised = self.target.normalise(work.batch.input_ids, leaf.clone(), self.watchers(work)[0])
             rows = normalised[answers.samples, answers.places]
         hidden.put((place, _GRADIENT), *torch.autograd.grad(rows, leaf, answers.gradient.to(rows.dtype)))
         for module in self.layout.modules:
@@ -271,12 +273,12 @@ class AttributionEngine(Engine):
         hidden.drop((place, layer))
         with torch.enable_grad():
             leaf = state.detach().clone().requires_grad_()
-            output = self._run_layer(layer, work, leaf.clone(), self.observers(work)[0])
+            output = self._run_layer(layer, work, leaf.clone(), self.watchers(work)[0])
         hidden.put((place, _GRADIENT), *torch.autograd.grad(output, leaf, hidden.taken((place, _GRADIENT))))
 
     def _back_through_embedding(self, hidden: HiddenStates, place: int, work: Work) -> None:
         with torch.enable_grad():
-            embedded = self.target.embed(work.batch.input_ids, self.observers(work)[0]).hidden
+            embedded = self.target.embed(work.batch.input_ids, self.watchers(work)[0]).hidden
         if embedded.requires_grad:  # not if all embeddings are excluded
             torch.autograd.backward(embedded, hidden.taken((place, _GRADIENT)))
         hidden.drop((place, _GRADIENT))

@@ -1,0 +1,275 @@
+"""A sample of the inputs that the target's modules receive, by role of the abilities: what a fit is solved with.
+
+Which tokens are taken is settled before the models run: each has a row of its own in every buffer. So what is taken
+depends on neither chunks nor processes, and a chunk that runs twice writes the same rows again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_act.abilities import AbilitySamples
+from mergekit_act.abilities.batches import MicroBatch, by_length
+from mergekit_act.artifacts import Inputs
+from mergekit_act.channels import is_norm
+from mergekit_act.profiling.changes import multiplied
+from mergekit_act.profiling.pair import ModelPair
+from mergekit_act.runs.processes import Processes
+from mergekit_act.streaming.experts import ExpertOutput
+from mergekit_act.streaming.segments import Observer
+
+__all__ = ["InputSample", "TokenPlaces"]
+
+_ROWS = 256  # for each role
+_LEAST_ROWS = 64  # that a file keeps, however small the model
+_SHARE = 0.1  # of the model's bytes that a file may have
+_EXPERT = ".expert"  # behind the name of what says whose input a row is
+
+
+@dataclass(frozen=True)
+class TokenPlaces:
+    """Which tokens of a micro-batch are taken.
+
+    Attributes:
+        role: of their ability.
+        tokens: int64 ``[taken]``: their places in the flattened batch.
+        rows: int64 ``[taken]``: their rows.
+    """
+
+    role: str
+    tokens: Tensor
+    rows: Tensor
+
+    def to(self, device: str) -> TokenPlaces:
+        """The same on a device."""
+        return TokenPlaces(self.role, self.tokens.to(device), self.rows.to(device))
+
+
+class InputSample:
+    """Rows of inputs, filled as micro-batches pass through the target.
+
+    Tokens that all samples of an ability begin with, a template's, are not taken: their inputs are all the same.
+
+    Args:
+        pair: the models.
+        abilities: their samples; all of a role share its rows.
+        roles: ability -> ``recover`` or ``keep``.
+        batches: all micro-batches, of all processes, each with the place of its ability.
+
+    Attributes:
+        places: for each micro-batch the tokens that are taken.
+        buffers: ``<role>.<source>`` -> float32 ``[rows, width]``, on the CPU.
+    """
+
+    def __init__(
+        self,
+        pair: ModelPair,
+        abilities: Sequence[AbilitySamples],
+        roles: Mapping[str, str],
+        batches: Sequence[tuple[int, MicroBatch]],
+    ) -> None:
+        self._pair = pair
+        self._sources: dict[str, str] = {}  # module -> the first one that has the same input
+        self._segment: list[tuple[Tensor, str]] = []
+        self._squares: set[str] = set()  # norms: what their weights multiply, squared
+        self.buffers: dict[str, Tensor] = {}
+        self.roles: dict[str, dict[str, Any]] = {}
+        rows: dict[tuple[int, int, int], int] = {}  # (ability, sample, position) -> row
+        for role in dict.fromkeys(roles.values()):
+            own = [(place, ability) for place, ability in enumerate(abilities) if roles[ability.name] == role]
+            tokens = [(place, *token) for place, ability in own for token in _own_tokens(ability)]
+            chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:_ROWS].tolist()
+            rows |= {tokens[token]: row for row, token in enumerate(chosen)}
+            self.roles[role] = {
+                "abilities": [ability.name for _, ability in own],
+                "samples": sum(len(ability.samples) for _, ability in own),
+                "tokens": len(tokens),
+                "rows": len(chosen),
+            }
+        self.places = _places(abilities, roles, batches, rows)
+        self._shares = _token_shares(pair, abilities, roles)
+
+    def watching(
+        self,
+        model: nn.Module,
+        axes: Mapping[str, int | None],
+        batch: MicroBatch,
+        places: TokenPlaces,
+        observer: Observer,
+    ) -> Observer:
+        """An observer that takes inputs, and does what another one does.
+
+        Args:
+            model: the target.
+            axes: module -> where token positions are in its output, as ``OutputForms`` has them.
+            batch: the micro-batch.
+            places: the tokens that are taken of it.
+            observer: the other one.
+        """
+        self._segment = []
+
+        def see(module: str, output: Any, inputs: Any) -> Any:
+            if isinstance(output, ExpertOutput):
+                self._take_experts(module, ExpertOutput(inputs.detach(), output.tokens, output.ends), batch, places)
+            else:
+                self._take(module, model.get_submodule(module), inputs, axes[module], batch, places)
+            return observer(module, output, inputs)
+
+        return see
+
+    def take_rows(self, module: str, hidden: Tensor, places: TokenPlaces) -> None:
+        """Take a module's inputs ``[batch, tokens, width]``; they are its own."""
+        self._sources[module] = module
+        self._write(module, hidden.detach().flatten(0, -2)[places.tokens], places)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a run that goes on needs: buffers, and what is known of modules."""
+        return self.buffers, {"sources": self._sources, "squares": sorted(self._squares)}
+
+    def resume(self, buffers: Mapping[str, Tensor], known: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.buffers, self._sources, self._squares = dict(buffers), dict(known["sources"]), set(known["squares"])
+
+    def finished(self, processes: Processes) -> Inputs:
+        """What the file has: no more than a tenth of the target's bytes, but some rows in any case."""
+        shapes: dict[str, torch.Size] = {}
+        for known, sources, squares in processes.gather(
+            ({name: buffer.shape for name, buffer in self.buffers.items()}, self._sources, self._squares)
+        ):
+            shapes |= known
+            self._sources |= sources
+            self._squares |= squares
+        for name in sorted(shapes):
+            own = self.buffers.get(name, torch.zeros(shapes[name]))
+            self.buffers[name] = processes.add(own.double()).float()
+        widths = sum(buffer.shape[1:].numel() * buffer.shape[0] for buffer in self.buffers.values())
+        allowed = _SHARE * sum(header.size for header in self._pair.target.headers.values())
+        share = min(1.0, max(allowed / max(1, 2 * widths), _LEAST_ROWS / _ROWS))
+        roles = {role: said | {"rows": max(1, int(said["rows"] * share))} for role, said in self.roles.items()}
+        tensors = dict(self._shares)
+        for name, buffer in self.buffers.items():
+            role, _, source = name.partition(".")
+            rows = buffer[: roles[role]["rows"]]
+            if source.endswith(_EXPERT):
+                tensors[name] = rows.flatten().to(torch.int32)
+            elif source in self._squares:
+                tensors[name] = rows.mean(0)
+            else:
+                tensors[name] = rows.reshape(-1, rows.shape[-1]).bfloat16()
+        sources = {module: self._sources[module] for module in self._pair.layout.modules}
+        return Inputs(tensors, self._pair.layout, sources, self._pair.target.describe(), roles)
+
+    def _take(
+        self,
+        module: str,
+        owner: nn.Module,
+        inputs: Any,
+        axis: int | None,
+        batch: MicroBatch,
+        places: TokenPlaces,
+    ) -> None:
+        arguments, keywords = inputs
+        given = next(value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor))
+        if isinstance(owner, nn.Embedding):
+            self._sources[module] = module  # its tokens are known without the model
+        elif is_norm(owner):
+            self._sources[module] = module
+            self._squares.add(module)
+            rows = batch.by_token(multiplied(owner, arguments, keywords), axis)
+            rows = rows.expand(len(batch.input_ids), *rows.shape[1:]).flatten(0, 1)[places.tokens]
+            self._write(
+                module, rows.float().square().flatten(1, -2).mean(1) if rows.ndim > 2 else rows.square(), places
+            )
+        else:
+            if module not in self._sources:
+                self._sources[module] = next((name for tensor, name in self._segment if tensor is given), module)
+                self._segment.append((given, self._sources[module]))
+            if self._sources[module] == module:
+                self._write(module, given.detach().flatten(0, -2)[places.tokens], places)
+
+    def _take_experts(self, module: str, inputs: ExpertOutput, batch: MicroBatch, places: TokenPlaces) -> None:
+        self._sources[module] = module
+        row_of = torch.full((batch.input_ids.numel(),), -1, device=inputs.tokens.device)
+        row_of[places.tokens] = places.rows
+        taken = inputs.at(row_of)  # by expert, and the rows of a token one behind the other when sorted by token
+        order = torch.argsort(taken.tokens, stable=True)
+        experts = torch.repeat_interleave(
+            torch.arange(len(taken.ends), device=order.device), torch.tensor(taken.counts(), device=order.device)
+        )
+        chosen = len(order) // len(places.tokens)
+        self._write(module, taken.rows[order].reshape(-1, chosen, taken.rows.shape[1]), places, sort=True)
+        self._write(module + _EXPERT, experts[order].reshape(-1, chosen), places, sort=True)
+
+    def _write(self, source: str, rows: Tensor, places: TokenPlaces, *, sort: bool = False) -> None:
+        """Put rows into their places.
+
+        Args:
+            source: whose they are.
+            rows: ``[taken, …]``.
+            places: where they go.
+            sort: whether they come in the order of the places, instead of the tokens'.
+        """
+        name, where = f"{places.role}.{source}", places.rows.sort().values if sort else places.rows
+        if name not in self.buffers:
+            self.buffers[name] = torch.zeros(self.roles[places.role]["rows"], *rows.shape[1:])
+        self.buffers[name][where.cpu()] = rows.float().cpu()
+
+
+def _own_tokens(ability: AbilitySamples) -> list[tuple[int, int]]:
+    """(sample, position) of all tokens behind those that all samples begin with."""
+    samples = ability.samples
+    shortest = min(len(sample.input_ids) for sample in samples)
+    first = torch.stack([sample.input_ids[:shortest] for sample in samples])
+    differs = (first != first[0]).any(0).nonzero()
+    start = int(differs[0]) if len(differs) and len(samples) > 1 else 0
+    return [(place, t) for place, sample in enumerate(samples) for t in range(start, len(sample.input_ids))]
+
+
+def _places(
+    abilities: Sequence[AbilitySamples],
+    roles: Mapping[str, str],
+    batches: Sequence[tuple[int, MicroBatch]],
+    rows: Mapping[tuple[int, int, int], int],
+) -> list[TokenPlaces]:
+    """What is taken of each micro-batch; these have an ability's samples in the order in which they were cut."""
+    left = [iter(by_length(ability.samples)) for ability in abilities]
+    found = []
+    for ability, batch in batches:
+        places, own = [], []
+        length = batch.input_ids.shape[1]
+        for line in range(len(batch.input_ids)):
+            sample = next(left[ability])
+            for position in range(len(abilities[ability].samples[sample].input_ids)):
+                row = rows.get((ability, sample, position))
+                if row is not None:
+                    places.append(line * length + position)
+                    own.append(row)
+        role = roles[abilities[ability].name]
+        found.append(TokenPlaces(role, torch.tensor(places, dtype=torch.long), torch.tensor(own, dtype=torch.long)))
+    return found
+
+
+def _token_shares(pair: ModelPair, abilities: Sequence[AbilitySamples], roles: Mapping[str, str]) -> dict[str, Tensor]:
+    """``<role>.<embedding>`` -> float32 ``[rows]``: what share of the tokens takes each row of an embedding."""
+    found = {}
+    skeleton: Any = pair.skeletons()[0]
+    words = skeleton.get_input_embeddings()
+    for module in pair.layout.modules:
+        owner = skeleton.get_submodule(module)
+        if not isinstance(owner, nn.Embedding):
+            continue
+        for role in dict.fromkeys(roles.values()):
+            counts = torch.zeros(owner.num_embeddings)
+            for ability in abilities:
+                if roles[ability.name] != role:
+                    continue
+                for place, position in _own_tokens(ability):
+                    row = int(ability.samples[place].input_ids[position]) if owner is words else position
+                    counts[min(row, len(counts) - 1)] += 1
+            found[f"{role}.{module}"] = counts / counts.sum()
+    return found
