@@ -213,9 +213,9 @@ def _unknown_parameters(config: Any, spec: Any) -> list[str]:
 
 
 def _missing_files(config: Any) -> list[str]:
-    """Mask files that a config names anywhere and that do not exist."""
+    """Masks and inputs that a config names anywhere and that do not exist."""
     problems = []
-    for text in (text for key, value in _parameters(config) if key == "mask" for text in _texts(value)):
+    for text in (text for key, value in _parameters(config) if key in ("mask", "fit") for text in _texts(value)):
         try:
             find_mask_files(text)
         except (FileNotFoundError, ValueError) as error:

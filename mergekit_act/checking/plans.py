@@ -7,7 +7,7 @@ from typing import Any
 
 from mergekit.common import ModelReference
 
-from mergekit_act.merging import channels_along
+from mergekit_act.merging import FitSetting, channels_along, load_fit_file
 from mergekit_act.planning import Plan, PlannedTensor
 from mergekit_act.planning.models import ties
 from mergekit_act.wording import enumerate_some
@@ -117,6 +117,9 @@ def _models(plan: Plan) -> Iterator[str]:
         settings = [tensor.settings[model] for tensor in plan.tensors if model in tensor.settings]
         if model not in masked:
             yield f'{model} has no "mask"; name a mask or profile under its "parameters:"'
+        fits = {(own["fit"], own["fit_keep"], own["fit_ridge"]) for own in settings if own.get("fit") is not None}
+        for fit in sorted(fits):
+            yield from _inputs_of_another_target(FitSetting(*fit), plan)
         if any(own.get("weight", 0) is None for own in settings):
             yield f'{model} has no "weight"; give the factor on its changes under its "parameters:"'
         if ties(plan.checkpoints[plan.target]) and not ties(plan.checkpoints[model]):
@@ -124,6 +127,19 @@ def _models(plan: Plan) -> Iterator[str]:
                 f"{plan.target} ties its head to its embedding and {model} does not; there is no one matrix to "
                 "transfer to. Untie the target first"
             )
+
+
+def _inputs_of_another_target(setting: FitSetting, plan: Plan) -> Iterator[str]:
+    try:
+        theirs = load_fit_file(setting).target
+    except (ValueError, OSError):
+        return  # told already
+    ours = plan.checkpoints[plan.target].fingerprint
+    if theirs.get("fingerprint") not in (None, ours):
+        yield (
+            f'fit "{setting.inputs}" has inputs of another target, {theirs.get("model")}; make them for {plan.target} '
+            "with mergekit-act profile --inputs"
+        )
 
 
 def _missing(plan: Plan) -> Iterator[str]:

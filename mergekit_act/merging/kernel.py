@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +26,12 @@ class TensorSelection:
         slices: channel axis -> bool ``[channels]``, or ``[experts, channels]`` for a 3-D tensor. A tied matrix has
             two axes: a cell is selected if its row or its column is.
         vocabulary_axis: the axis of token ids, along which the tensor may be of another length than the mask.
+        fit: what the differences of its slices become before they are added; None leaves them as they are.
     """
 
     slices: Mapping[int, Tensor]
     vocabulary_axis: int | None = None
+    fit: Callable[[Tensor, Sequence[Tensor]], Tensor] | None = None
 
     def fitted(self, name: str | None, shape: Sequence[int]) -> TensorSelection:
         """The same selection for a tensor of this shape.
@@ -54,7 +56,7 @@ class TensorSelection:
                     f'the mask has {list(chosen.shape)} channels for "{name}"; the tensor is {list(shape)} (axis '
                     f"{its_axis}). Profile this pair again with mergekit-act profile"
                 )
-        return TensorSelection(slices)
+        return TensorSelection(slices, fit=self.fit)
 
     @property
     def by_rows(self) -> bool:
@@ -166,7 +168,10 @@ def changed_slices(
             some = tuple(part[rows].to(tensor.device) for part in index)
             rows = rows.to(device)
             theirs = leading(tensor, axis, len(index))[some].to(device)
-            change.index_add_(0, rows, theirs.to(dtype).to(wide).sub_(target[rows]).mul_(weight))
+            difference = theirs.to(dtype).to(wide).sub_(target[rows])
+            if selection.fit is not None:
+                difference = selection.fit(difference, some)
+            change.index_add_(0, rows, difference.mul_(weight))
         else:
             theirs = leading(tensor, axis, len(index))[tuple(part.to(tensor.device) for part in index)].to(device)
             cells = inside.to(device)[:, None] | other.to(device)[None, :]

@@ -24,6 +24,7 @@ from mergekit.merge_methods.registry import register, registered_methods
 from pydantic import Field
 from torch import Tensor
 
+from mergekit_act.merging.fit import FitSetting, fitted_selection
 from mergekit_act.merging.kernel import TensorSelection, transfer
 from mergekit_act.merging.masks import load_mask_files
 
@@ -35,6 +36,9 @@ PAPER = "https://arxiv.org/abs/2601.09398"
 # Methods with a base in which an ability model's tensor that is the target's in most cells makes no sense: they
 # interpolate whole tensors, or derive one factor for all of it.
 LEFT_OUT = frozenset({"slerp", "nearswap", "arcee_fusion", "model_stock"})
+
+#: Defaults of a fit.
+FIT_KEEP, FIT_RIDGE = 1.0, 0.001
 
 _MASK_PARAMETERS = (
     ParameterSpec(
@@ -50,6 +54,27 @@ _MASK_PARAMETERS = (
         ParameterScope.NON_BASE,
         default=None,
         description="for profiles: the fraction of channels each keeps",
+    ),
+    ParameterSpec(
+        "fit",
+        str | None,
+        ParameterScope.NON_BASE,
+        default=None,
+        description="inputs of the target's modules, as profile --inputs writes them, to fit selected rows to",
+    ),
+    ParameterSpec(
+        "fit_keep",
+        Annotated[float, Field(ge=0, allow_inf_nan=False)],
+        ParameterScope.NON_BASE,
+        default=FIT_KEEP,
+        description="how much a change on inputs to keep weighs against what is missing on those to recover",
+    ),
+    ParameterSpec(
+        "fit_ridge",
+        Annotated[float, Field(gt=0, allow_inf_nan=False)],
+        ParameterScope.NON_BASE,
+        default=FIT_RIDGE,
+        description="damping, as a share of the mean square of an input to recover",
     ),
 )
 
@@ -105,7 +130,7 @@ class ActMerge(MergeMethod):  # type: ignore[misc]
     ) -> Tensor:
         base = _base(group)
         contributions = []
-        for entry, selection in _selections(group, settings["mask"], settings["mask_density"]):
+        for entry, selection in _selections(group, settings):
             factor = settings["weight"][entry.id]
             if factor is None:
                 raise ValueError(f'{entry.id} has no "weight", the factor on its changes')
@@ -136,15 +161,16 @@ class MaskedMerge(GroupMergeMethod):  # type: ignore[misc]
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one tensor; the base itself if nothing of it is selected."""
         base = _base(group)
-        mask, density = parameters.pop("mask"), parameters.pop("mask_density")
+        own = {spec.name: parameters.pop(spec.name) for spec in _MASK_PARAMETERS}
         union: Tensor | None = None
         entries: dict[Any, TensorEntry] = {entry.id: entry for entry in group.entries}
-        for entry, selection in _selections(group, mask, density):
+        for entry, selection in _selections(group, own):
             if selection is None or not selection.any():
                 entries[entry.id] = replace(entry, tensor=base)
                 continue
             cells = selection.cells(base.ndim).to(base.device)
-            entries[entry.id] = replace(entry, tensor=torch.where(cells, entry.tensor, base))
+            moved = entry.tensor if selection.fit is None else transfer(base, [(entry.tensor, 1.0, selection)])
+            entries[entry.id] = replace(entry, tensor=torch.where(cells, moved, base))
             union = cells if union is None else union | cells
         if union is None:
             return base
@@ -197,17 +223,19 @@ def _base(group: TensorGroup) -> Tensor:
 
 
 def _selections(
-    group: TensorGroup, mask: Mapping[Any, Any], density: Mapping[Any, float | None]
+    group: TensorGroup, settings: Mapping[str, Mapping[Any, Any]]
 ) -> list[tuple[TensorEntry, TensorSelection | None]]:
     """What each ability model's mask selects of this tensor, fitted to its shape; None if nothing."""
     found = []
     for entry in group.non_base:
-        setting: object = mask[entry.id]
-        if isinstance(setting, str):
-            files = load_mask_files(setting, density[entry.id])
+        mask, density, fit, keep, ridge = (settings[spec.name][entry.id] for spec in _MASK_PARAMETERS)
+        if isinstance(mask, str):
+            files = load_mask_files(mask, density)
             names = files.layout.tied_names(group.metadata.name or "")
-            setting = files.selection(names, group.metadata.vocabulary_axis)
-        selection = setting if isinstance(setting, TensorSelection) else None
+            mask = files.selection(names, group.metadata.vocabulary_axis)
+            if fit is not None and mask is not None:
+                mask = fitted_selection(mask, names, FitSetting(fit, keep, ridge))
+        selection = mask if isinstance(mask, TensorSelection) else None
         if selection is not None:
             selection = selection.fitted(group.metadata.name, entry.tensor.shape)
         found.append((entry, selection))

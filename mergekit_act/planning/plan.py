@@ -15,7 +15,7 @@ from mergekit.merge_methods.registry import get
 
 from mergekit_act.channels import Layout
 from mergekit_act.checkpoints import Checkpoint, TensorHeader
-from mergekit_act.merging import MaskFiles, TensorSelection, load_mask_files
+from mergekit_act.merging import FitSetting, MaskFiles, TensorSelection, fitted_selection, load_mask_files
 from mergekit_act.planning.completion import plan_left_out, record_calls
 from mergekit_act.planning.internals import planned, planner_of, sources_of
 from mergekit_act.planning.loads import CopyOf, load_less
@@ -214,6 +214,7 @@ def make_plan(
     for tensor in present:
         tensor = replace(tensor, names=_names(tensor.sources[target], checkpoints[target], layouts))
         tensor = replace(tensor, chosen=_choose(tensor, masks, checkpoints[target]))
+        tensor = _fitted(tensor, unreadable)
         tied = _tied_names(tensor.weight, checkpoints[target], layouts)
         twin = next((made[name] for name in sorted(tied) if name in made), None)
         if twin is not None and tensor.selections:
@@ -285,6 +286,21 @@ def _choose(
         if selection is not None:
             found[model] = selection
     return found
+
+
+def _fitted(tensor: PlannedTensor, unreadable: dict[MaskSetting, str]) -> PlannedTensor:
+    """With the fit of its slices, where one is wanted; why that can't be is noted."""
+    chosen = dict(tensor.chosen)
+    for model, selection in tensor.selections.items():
+        own = tensor.settings[model]
+        if own.get("fit") is None:
+            continue
+        try:
+            setting = FitSetting(own["fit"], own["fit_keep"], own["fit_ridge"])
+            chosen[model] = fitted_selection(selection, tensor.names, setting)
+        except (ValueError, OSError) as error:
+            unreadable.setdefault(MaskSetting(model, own["fit"], None), str(error))
+    return replace(tensor, chosen=chosen)
 
 
 def _tied_names(weight: WeightInfo, checkpoint: Checkpoint, layouts: Iterable[Layout]) -> set[str]:

@@ -259,10 +259,10 @@ def _token_shares(pair: ModelPair, abilities: Sequence[AbilitySamples], roles: M
     found = {}
     skeleton: Any = pair.skeletons()[0]
     words = skeleton.get_input_embeddings()
-    for module in pair.layout.modules:
-        owner = skeleton.get_submodule(module)
-        if not isinstance(owner, nn.Embedding):
-            continue
+    embeddings = {
+        n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Embedding) and n in pair.layout.parameters
+    }
+    for module, owner in embeddings.items():
         for role in dict.fromkeys(roles.values()):
             counts = torch.zeros(owner.num_embeddings)
             for ability in abilities:

@@ -1,0 +1,183 @@
+"""The fit of selected rows: a change that does on inputs to recover what the ability model does, on others little.
+
+For a row of differences ΔW_i it is the δ_i with the least E_rec|(δ − ΔW_i) x|² + keep · E_keep|δ x|² + λ|δ|², over the
+target's inputs x of the module (RegMean, Jin et al. 2023, with two roles):
+
+    δ_i = ΔW_i G_rec (G_rec + keep · G_keep + λ)⁻¹,   G = XᵀX / rows,   λ = ridge · mean of G_rec's diagonal
+
+With few rows X it is solved in the space of the rows: no matrix of the inputs' width squared is made. The weights of
+norms and embeddings, and biases, multiply one number each: for these the same formula is a division.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergekit_act.artifacts import Inputs, load_inputs
+from mergekit_act.files import file_state
+from mergekit_act.merging.kernel import TensorSelection
+from mergekit_act.merging.masks import find_mask_files
+
+__all__ = ["FitSetting", "TensorFit", "fitted_selection", "load_fit_file"]
+
+_EXPERT = ".expert"
+
+
+@dataclass(frozen=True)
+class FitSetting:
+    """How rows are fitted.
+
+    Attributes:
+        inputs: the file of inputs.
+        keep: how much a change on inputs to keep weighs against what is missing on those to recover (μ).
+        ridge: λ as a share of the mean square of an input to recover.
+    """
+
+    inputs: str
+    keep: float
+    ridge: float
+
+
+def load_fit_file(setting: FitSetting) -> Inputs:
+    """The inputs that a setting names, each file once.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ArtifactError: it is no file of inputs.
+        ValueError: several files match, or the file lacks a role that the setting needs.
+    """
+    path, *others = find_mask_files(setting.inputs)
+    if others:
+        raise ValueError(f'fit "{setting.inputs}" matches {1 + len(others)} files; name one file of inputs')
+    inputs = _load(path, file_state(path))
+    for role, needed in (("recover", True), ("keep", setting.keep > 0)):
+        if needed and role not in inputs.roles:
+            remedy = "" if role == "recover" else ", or set fit_keep: 0"
+            raise ValueError(
+                f'{path} has no inputs of abilities with "role: {role}"; profile --inputs with such an ability{remedy}'
+            )
+    return inputs
+
+
+@lru_cache(maxsize=8)
+def _load(path: Path, _state: tuple[int, ...]) -> Inputs:
+    return load_inputs(path)
+
+
+@dataclass(frozen=True, eq=False)
+class TensorFit:
+    """The fit of one tensor's slices.
+
+    Attributes:
+        inputs: of the target's modules.
+        module: that owns the tensor.
+        is_bias: whether the tensor is its bias.
+        setting: how.
+    """
+
+    inputs: Inputs
+    module: str
+    is_bias: bool
+    setting: FitSetting
+
+    def __call__(self, changes: Tensor, index: Sequence[Tensor]) -> Tensor:
+        """The fitted changes.
+
+        Args:
+            changes: ``[selected, …]``, float32 or float64: differences of slices of two models' tensors.
+            index: int64 ``[selected]`` for each channel dimension: which these are; of experts (expert, channel).
+
+        Returns:
+            A tensor of the same shape.
+        """
+        keep, ridge = self.setting.keep, self.setting.ridge
+        if self.is_bias:
+            return changes / (1 + keep + ridge)
+        recovered, kept = self._of("recover", changes), self._of("keep", changes)
+        if recovered.ndim == 1:  # an embedding's slices are columns, whose numbers belong to its rows
+            whole = changes.ndim == 2
+            shares = [own if whole else own[index[0].to(own.device)] for own in (recovered, kept)]
+            damped = shares[0] + keep * shares[1] + ridge * recovered.mean()
+            return changes * (shares[0] / damped)
+        experts = self._of("recover", changes, _EXPERT), self._of("keep", changes, _EXPERT)
+        if self._name("recover", _EXPERT) not in self.inputs.tensors:
+            return _solved(changes, recovered, kept, self.setting)
+        fitted = torch.empty_like(changes)
+        for expert in sorted(set(index[0].tolist())):
+            own = (index[0] == expert).nonzero().flatten().to(changes.device)
+            ours, theirs = (x[which == expert] for x, which in zip((recovered, kept), experts, strict=True))
+            fitted[own] = _solved(changes[own], ours, theirs, self.setting)
+        return fitted
+
+    def _of(self, role: str, like: Tensor, suffix: str = "") -> Tensor:
+        name = self._name(role, suffix)
+        if name not in self.inputs.tensors:  # no ability of this role: nothing to keep
+            other = self.inputs.tensors.get(self._name("recover", suffix))
+            return like.new_zeros(0 if other is None else other[:0].shape if other.ndim == 2 else other.shape)
+        found = self.inputs.tensors[name].to(like.device)
+        return found if suffix else found.to(like.dtype)
+
+    def _name(self, role: str, suffix: str = "") -> str:
+        return f"{role}.{self.inputs.sources[self.module]}{suffix}"
+
+
+def fitted_selection(selection: TensorSelection, names: Collection[str], setting: FitSetting) -> TensorSelection:
+    """A selection of a tensor whose slices are fitted.
+
+    Args:
+        selection: what is selected of it.
+        names: of the tensor.
+        setting: how.
+
+    Raises:
+        ValueError: rows and columns of the tensor are selected, or the file has no inputs for it.
+        FileNotFoundError: there is no such file.
+        ArtifactError: it is no file of inputs.
+    """
+    inputs = load_fit_file(setting)
+    owners = [
+        (module, name)
+        for module, owned in inputs.layout.parameters.items()
+        for name, axis in owned
+        if name in names and axis in selection.slices
+    ]
+    shown = next(iter(names), "")
+    if not owners or owners[0][0] not in inputs.sources:
+        raise ValueError(
+            f'{setting.inputs} has no inputs for "{shown}"; profile --inputs again, without --exclude for it'
+        )
+    if len(selection.slices) > 1:
+        raise ValueError(
+            f"rows and columns of \"{shown}\" are selected, the head's and the embedding's; a fit needs one of them "
+            f"excluded, as by mergekit-act mask --exclude {owners[0][0]}"
+        )
+    module, name = owners[0]
+    fit = TensorFit(inputs, module, name.endswith("bias"), setting)
+    return replace(selection, fit=fit)
+
+
+def _solved(changes: Tensor, recovered: Tensor, kept: Tensor, setting: FitSetting) -> Tensor:
+    """δ for rows of changes ``[rows, width]``; inputs are ``[samples, width]``."""
+    if not len(recovered):  # an expert that no input to recover reaches: nothing says how to change it
+        return torch.zeros_like(changes)
+    first = recovered.double() / len(recovered) ** 0.5
+    second = kept.double() * (setting.keep / max(1, len(kept))) ** 0.5
+    ridge = setting.ridge * float(first.square().sum()) / first.shape[1]
+    both = torch.cat([first, second])
+    outputs = changes.double() @ first.T
+    if len(both) < both.shape[1]:
+        gram = both @ both.T
+        gram.diagonal().add_(ridge)
+        solved = torch.linalg.solve(gram, both)[: len(first)]
+        fitted: Tensor = outputs @ solved
+    else:
+        gram = both.T @ both
+        gram.diagonal().add_(ridge)
+        fitted = torch.linalg.solve(gram, (outputs @ first).T).T
+    return fitted.to(changes.dtype)
