@@ -7,17 +7,17 @@ from collections.abc import Iterable
 from functools import reduce
 
 import torch
-from mergekit.common import dtype_from_name
+from mergekit.common import ModelReference, dtype_from_name
 from torch import Tensor
 
 from mergekit_act.checkpoints import TensorHeader
-from mergekit_act.merging import TensorSelection
+from mergekit_act.merging import TensorFit, TensorSelection
 from mergekit_act.merging.mapped import PAGE, private_bytes
 from mergekit_act.merging.methods import METHOD
 from mergekit_act.planning import Plan, PlannedTensor
 from mergekit_act.planning.models import CONVERTED
 
-__all__ = ["bytes_read", "bytes_written", "peak_memory", "shape_of", "union_of"]
+__all__ = ["bytes_read", "bytes_written", "fit_costs", "fitted_tensors", "peak_memory", "shape_of", "union_of"]
 
 
 def union_of(selections: Iterable[TensorSelection]) -> dict[int, Tensor]:
@@ -82,7 +82,30 @@ def peak_memory(plan: Plan) -> int:
     held = min(sum(kept), options.out_shard_size * shards) if options.out_shard_size > 0 else sum(kept)
     largest = max((bytes_written(tensor, plan) for tensor in plan.tensors if tensor.selections), default=0)
     # mergekit's own methods stack the models' differences.
-    return held + largest * (1 if plan.spec.name == METHOD else 2 + 2 * len(plan.models))
+    return held + largest * (1 if plan.spec.name == METHOD else 2 + 2 * len(plan.models)) + fit_costs(plan)[1]
+
+
+def fitted_tensors(plan: Plan) -> dict[ModelReference, list[TensorFit]]:
+    """Ability model -> the fits of its tensors."""
+    found: dict[ModelReference, list[TensorFit]] = {}
+    for tensor in plan.tensors:
+        for model, selection in tensor.selections.items():
+            if isinstance(selection.fit, TensorFit):
+                found.setdefault(model, []).append(selection.fit)
+    return found
+
+
+def fit_costs(plan: Plan) -> tuple[int, int]:
+    """(bytes of inputs that are read, memory that the largest fit needs), of all fits."""
+    fits = [fit for some in fitted_tensors(plan).values() for fit in some]
+    used = {(id(fit.inputs), name): fit.inputs.tensors[name] for fit in fits for name in fit.names}
+    memory = 0
+    for fit in fits:
+        matrices = [tensor for name in fit.names if (tensor := fit.inputs.tensors[name]).ndim == 2]
+        if matrices:
+            rows, width = sum(map(len, matrices)), matrices[0].shape[1]
+            memory = max(memory, 8 * (3 * rows * width + 2 * min(rows, width) ** 2))
+    return sum(tensor.nbytes for tensor in used.values()), memory
 
 
 def _allocated(tensor: PlannedTensor, plan: Plan) -> int:

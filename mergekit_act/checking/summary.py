@@ -17,7 +17,15 @@ from mergekit.sparsify import SparsificationMethod
 
 from mergekit_act.channels import kind_pattern
 from mergekit_act.checking.configs import path_remarks, read_merge_config
-from mergekit_act.checking.costs import bytes_read, bytes_written, peak_memory, shape_of, union_of
+from mergekit_act.checking.costs import (
+    bytes_read,
+    bytes_written,
+    fit_costs,
+    fitted_tensors,
+    peak_memory,
+    shape_of,
+    union_of,
+)
 from mergekit_act.checking.guards import check_before_planning
 from mergekit_act.checking.remarks import plan_remarks
 from mergekit_act.merging import channels_along, is_ours
@@ -194,10 +202,10 @@ def _summarize(plan: Plan, remarks: list[str]) -> CheckSummary:
         weights={str(model): _weights(plan, model) for model in plan.models},
         channels=sum(module.channels for module in modules),
         selected=selected,
-        bytes_read=sum(bytes_read(tensor, plan) for tensor in plan.tensors),
+        bytes_read=sum(bytes_read(tensor, plan) for tensor in plan.tensors) + fit_costs(plan)[0],
         bytes_written=sum(bytes_written(tensor, plan) for tensor in plan.tensors),
         peak_memory=peak_memory(plan),
-        remarks=(*remarks, *plan_remarks(plan), *_untrimmed(plan)),
+        remarks=(*remarks, *plan_remarks(plan), *_untrimmed(plan), *_fits(plan)),
     )
 
 
@@ -245,6 +253,15 @@ def _count_modules(plan: Plan) -> tuple[ModuleSelection, ...]:
             selection = ModuleSelection(own, channels, 0 if chosen is None else int(chosen.sum()))
             found.append((order[tensor.name], selection))
     return tuple(selection for _, selection in sorted(found, key=lambda placed: placed[0]))
+
+
+def _fits(plan: Plan) -> list[str]:
+    """What is solved of each ability model."""
+    found = []
+    for model, fits in fitted_tensors(plan).items():
+        roles = " and ".join(f"{said.get('rows', 0):,} inputs to {role}" for role, said in fits[0].inputs.roles.items())
+        found.append(f"the selected rows of {len(fits)} tensors of {model} are fitted, with {roles}")
+    return found
 
 
 def _untrimmed(plan: Plan) -> list[str]:

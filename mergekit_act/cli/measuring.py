@@ -116,6 +116,19 @@ def _write(evaluation: Evaluation, outputs: dict[str, Path]) -> None:
 )
 @click.option("--density", "densities", type=float, multiple=True, help="In place of the grid's. Repeatable.")
 @click.option("--weight", "weights", type=float, multiple=True, help="In place of the grid's. Repeatable.")
+@click.option(
+    "--criterion",
+    "criteria",
+    multiple=True,
+    help="Only the config's profiles by this criterion. Repeatable, to compare criteria.",
+)
+@click.option(
+    "--fit",
+    "fits",
+    metavar="INPUTS",
+    multiple=True,
+    help="Every point also with its rows fitted to this file of inputs, of profile --inputs. Repeatable.",
+)
 @click.option("--per-model", is_flag=True, help="Every combination of weights, instead of one for all ability models.")
 @click.option(
     "--keep-within",
@@ -137,7 +150,7 @@ def _write(evaluation: Evaluation, outputs: dict[str, Path]) -> None:
 def sweep(
     config_file: Path, abilities_file: Path, out_dir: Path, overwrite: bool, grid: Grid, settings: SweepSettings
 ) -> None:
-    """Find a good density and weight.
+    """Find a good density and weight, criterion and fit.
 
     Merges every point of a grid in memory and scores it on the held-out samples of ABILITIES.yml: what the abilities
     with "role: recover" gain against what those with "role: keep" lose. CONFIG.yml is a merge config of act whose

@@ -86,6 +86,14 @@ class TensorFit:
     is_bias: bool
     setting: FitSetting
 
+    @property
+    def names(self) -> list[str]:
+        """Of the file's tensors that are used."""
+        if self.is_bias:
+            return []
+        every = [self._name(role, suffix) for role in ("recover", "keep") for suffix in ("", _EXPERT)]
+        return [name for name in every if name in self.inputs.tensors]
+
     def __call__(self, changes: Tensor, index: Sequence[Tensor]) -> Tensor:
         """The fitted changes.
 

@@ -39,16 +39,17 @@ def check_drawing() -> None:
 
 def draw_sweep(result: SweepResult, out_dir: Path) -> list[Path]:
     """What each point of a sweep keeps and recovers, with the frontier and the best point; sweep.svg and sweep.png."""
-    densities = sorted({score.point.density for score in result.scores if score.point})
-    legend = 0.2 * -(-(len(densities) + 3) // 3)
+    masks = sorted({score.point.mask for score in result.scores if score.point}, key=lambda mask: (*mask[1:], mask[0]))
+    legend = 0.2 * -(-(len(masks) + 3) // 3)
     figure, axes = new_canvas(4.2, below=0.62 + legend, width=7)
-    for place, density in enumerate(densities):
-        some = [score for score in result.scores if score.point and score.point.density == density]
+    for place, own in enumerate(masks):
+        density, criterion, fit = own
+        some = [score for score in result.scores if score.point and score.point.mask == own]
         colour, marker = COLOURS[place % len(COLOURS)], _MARKERS[place // len(COLOURS) % len(_MARKERS)]
         axes.scatter(
             [score.keep or 0 for score in some],
             [score.recover for score in some],
-            label=f"density {density:g}",
+            label=", ".join(filter(None, (criterion, f"density {density:g}", fit and "fitted"))),
             color=colour,
             marker=marker,
             zorder=3,

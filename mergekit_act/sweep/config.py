@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,20 @@ class SweptConfig:
         models: the ability models, as the config writes them.
         target: the base model.
         profiles: profile file -> SHA-256.
+        criteria: for each ability model criterion -> its profiles, as a ``mask`` setting.
         layout: of the models, as a profile says.
     """
 
-    def __init__(self, path: Path, written: dict[str, Any], profiles: dict[str, str], layout: Layout) -> None:
+    def __init__(
+        self,
+        path: Path,
+        written: dict[str, Any],
+        profiles: dict[str, str],
+        criteria: Sequence[dict[str, str]],
+        layout: Layout,
+    ) -> None:
         self.path, self._written, self.profiles, self.layout = path, written, profiles, layout
+        self.criteria = criteria
         self.target = _reference(written["base_model"])
         self.models = [_reference(model["model"]) for model in _ability_models(written)]
 
@@ -46,9 +56,27 @@ class SweptConfig:
     def at(self, point: Point) -> dict[str, Any]:
         """The config with a point's density and weights, as it may be written to a YAML file."""
         written = copy.deepcopy(self._written)
-        for model, weight in zip(_ability_models(written), point.weights, strict=True):
-            model["parameters"] = (model.get("parameters") or {}) | {"weight": weight, "mask_density": point.density}
+        for model, weight, masks in zip(_ability_models(written), point.weights, self.criteria, strict=True):
+            own: dict[str, Any] = {"weight": weight, "mask_density": point.density}
+            own |= {"mask": masks[point.criterion]} if point.criterion else {}
+            own |= {"fit": point.fit} if point.fit else {}
+            model["parameters"] = (model.get("parameters") or {}) | own
         return written
+
+    def check(self, criteria: Sequence[str]) -> None:
+        """See that there are profiles by these criteria; by one if none is named.
+
+        Raises:
+            ValueError: an ability model has none by one of them, or some by several.
+        """
+        for model, masks in zip(self.models, self.criteria, strict=True):
+            missing = [criterion for criterion in criteria if criterion not in masks]
+            if missing:
+                raise ValueError(f"{self.path}: no profile of {model} is by {missing[0]}; there are {', '.join(masks)}")
+            if not criteria and len(masks) > 1:
+                raise ValueError(
+                    f"{self.path}: the profiles of {model} are by {' and '.join(masks)}; choose with --criterion"
+                )
 
     def without_point(self) -> dict[str, Any]:
         """What of the config no point changes."""
@@ -83,7 +111,9 @@ def read_swept_config(path: Path) -> SweptConfig:
         raise ValueError(f"{path} names no ability model besides its base_model")
     profiles: dict[str, str] = {}
     layouts: list[Layout] = []
+    criteria: list[dict[str, str]] = []
     for model in models:
+        by_criterion: dict[str, list[str]] = {}
         parameters = {**(written.get("parameters") or {}), **(model.get("parameters") or {})}
         for key in ("weight", "mask", "mask_density"):
             if isinstance(parameters.get(key), list | dict):
@@ -101,7 +131,9 @@ def read_swept_config(path: Path) -> SweptConfig:
                     "needs profiles"
                 )
             profiles[str(file)] = file_hash(file)
-    return SweptConfig(path, written, profiles, layouts[0])
+            by_criterion.setdefault(artifact.criterion, []).append(str(file))
+        criteria.append({criterion: ",".join(files) for criterion, files in by_criterion.items()})
+    return SweptConfig(path, written, profiles, criteria, layouts[0])
 
 
 def _ability_models(written: dict[str, Any]) -> list[dict[str, Any]]:

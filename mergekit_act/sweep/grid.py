@@ -26,10 +26,19 @@ class Point:
     Attributes:
         density: what each profile keeps.
         weights: of each ability model, in the config's order.
+        criterion: of the profiles, if the config names some by several.
+        fit: the file of inputs that selected rows are fitted to; none if empty.
     """
 
     density: float
     weights: tuple[float, ...]
+    criterion: str = ""
+    fit: str = ""
+
+    @property
+    def mask(self) -> tuple[float, str, str]:
+        """All but the weights: points that agree in it have one plan."""
+        return self.density, self.criterion, self.fit
 
 
 @dataclass(frozen=True)
@@ -41,15 +50,19 @@ class Grid:
         densities: in place of the kind's.
         weights: likewise.
         per_model: every combination of weights, instead of one weight for all models.
+        criteria: of the profiles that the config names, each by itself; none takes all as they are.
+        fits: files of inputs: each point also with its rows fitted to each of these.
     """
 
     kind: Literal["default", "paper"] = "default"
     densities: Sequence[float] = ()
     weights: Sequence[float] = ()
     per_model: bool = False
+    criteria: Sequence[str] = ()
+    fits: Sequence[str] = ()
 
     def points(self, models: int) -> list[Point]:
-        """All points for so many ability models, density by density.
+        """All points for so many ability models, mask by mask.
 
         Raises:
             ValueError: a density is not in (0, 1], or a weight is 0 or not finite.
@@ -63,4 +76,10 @@ class Grid:
                 raise ValueError(f"weight is {weight}; expected a number other than 0, such as 0.4")
         alike = ((weight,) * models for weight in weights)
         shared = sorted(dict.fromkeys(itertools.product(weights, repeat=models) if self.per_model else alike))
-        return [Point(density, some) for density in sorted(set(densities)) for some in shared]
+        return [
+            Point(density, some, criterion, fit)
+            for criterion in dict.fromkeys(self.criteria or ("",))
+            for fit in dict.fromkeys(("", *self.fits))
+            for density in sorted(set(densities))
+            for some in shared
+        ]

@@ -127,7 +127,9 @@ def run_sweep(
     if settings.quiet:
         disable_progress_bar()
     options = MergeOptions(lora_merge_cache=cache, trust_remote_code=trust, quiet=True)
-    check_before_planning(MergeConfiguration.model_validate(config.at(grid[0])), options)
+    config.check([point.criterion for point in grid if point.criterion])
+    for point in {point.mask: point for point in grid}.values():
+        check_before_planning(MergeConfiguration.model_validate(config.at(point)), options)
     held_out = collect_held_out(file, Tokenizers(file.target, file.ability_model, trust))
     target, *abilities = (
         open_checkpoint(model, lora_merge_cache=cache, trust_remote_code=trust)
@@ -175,7 +177,7 @@ class _Sweep:
     ) -> None:
         self.config, self.held_out, self.patched = config, held_out, patched
         self.options, self.settings = options, settings
-        self._density: float | None = None
+        self._mask: tuple[float, str, str] | None = None
         self._moved = (0, 0)
         self._models = [parse_reference(model) for model in config.models]
 
@@ -213,27 +215,29 @@ class _Sweep:
         """Exact match of greedy answers for points; what is kept of them is in a file."""
         found = {}
         for score in tqdm(scores, unit="point", desc="generation", disable=quiet or self.settings.quiet or None):
-            key = "target" if score.point is None else f"{score.point.density!r} {score.point.weights!r}"
+            point = score.point
+            key = "target" if point is None else f"{point.density!r} {point.weights!r}"
+            key += "" if point is None else "".join(f" {part}" for part in (point.criterion, point.fit) if part)
             if key not in kept:
-                if score.point is None:
+                if point is None:
                     kept[key] = self._matches()
                 else:
-                    with self._at(score.point):
+                    with self._at(point):
                         kept[key] = self._matches()
                 write_atomically(path, (json.dumps(kept, indent=2) + "\n").encode(), overwrite=True)
-            found[score.point] = kept[key]
+            found[point] = kept[key]
         return found
 
     @contextmanager
     def _at(self, point: Point) -> Iterator[tuple[int, int]]:
         """The target with a point's merge in it; yields how many channels and parameters that changes."""
-        if point.density != self._density:
+        if point.mask != self._mask:
             written = self.config.at(point)
             # What the planner remarks of a config holds for all densities: once is enough.
-            with nullcontext() if self._density is None else muted("mergekit_act.checking"):
+            with nullcontext() if self._mask is None else muted("mergekit_act.checking"):
                 plan = plan_merge(MergeConfiguration.model_validate(written), self.options)
             self.patched.take(plan)
-            self._density, self._moved = point.density, count_moved(plan)
+            self._mask, self._moved = point.mask, count_moved(plan)
         with self.patched.patched(dict(zip(self._models, point.weights, strict=True))):
             yield self._moved
 

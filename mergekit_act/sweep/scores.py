@@ -67,7 +67,7 @@ class ScoreFile:
     def __init__(self, path: Path, roles: Roles) -> None:
         self.path, self._roles = path, roles
         self._abilities = (*roles.recover, *roles.keep)
-        self._header = ["density", "weight", "channels", "parameters", "recover", "keep", "seconds"]
+        self._header = ["density", "weight", "criterion", "fit", "channels", "parameters", "recover", "keep", "seconds"]
         self._header += [f"nll:{name}" for name in self._abilities]
         self.scores: list[Score] = []
         if path.exists():
@@ -94,8 +94,10 @@ class ScoreFile:
             OSError: the disk is full, or the file can't be written.
         """
         score = self._score(point, nll, **measured)
-        weight = "" if point is None else ";".join(map(repr, point.weights))
-        row = ["" if point is None else repr(point.density), weight, score.channels, score.parameters]
+        row: list[object] = ["", "", "", ""]
+        if point is not None:
+            row = [repr(point.density), ";".join(map(repr, point.weights)), point.criterion, point.fit]
+        row += [score.channels, score.parameters]
         row += [repr(score.recover), "" if score.keep is None else repr(score.keep), f"{score.seconds:.3f}"]
         rows: list[list[object]] = [[*row, *(repr(nll[name]) for name in self._abilities)]]
         if not self.path.exists() or not self.path.stat().st_size:
@@ -116,7 +118,7 @@ class ScoreFile:
     def _read(self, row: Mapping[str, str]) -> Score:
         nll = {name: float(row[f"nll:{name}"]) for name in self._abilities}
         weights = tuple(map(float, filter(None, row["weight"].split(";"))))
-        point = Point(float(row["density"]), weights) if row["density"] else None
+        point = Point(float(row["density"]), weights, row["criterion"], row["fit"]) if row["density"] else None
         return self._score(
             point, nll, channels=int(row["channels"]), parameters=int(row["parameters"]), seconds=float(row["seconds"])
         )
