@@ -24,7 +24,7 @@ import yaml
 
 UPDATES = 220
 BATCH = 16
-VALIDATION, TEST = 80, 120
+HELD_OUT = 200
 
 
 def make_pair(folder: Path) -> Path:
@@ -112,9 +112,9 @@ def _arithmetic() -> list[dict[str, str]]:
 
 
 def _abilities(folder: Path, rows: dict[str, int]) -> dict[str, object]:
-    """The abilities file: profiled rows first, then validation, then test (``evaluate`` reads one of the two)."""
-    count = rows["facts"] - VALIDATION - TEST
-    evaluate = {"samples": VALIDATION, "max_new_tokens": 24}
+    """The abilities file: profiled rows first, then those held out."""
+    count = rows["facts"] - HELD_OUT
+    evaluate = {"samples": HELD_OUT, "max_new_tokens": 24}
     return {
         "target": str(folder / "arithmetic"),
         "ability_model": str(folder / "general"),

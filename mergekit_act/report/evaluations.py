@@ -63,24 +63,14 @@ def list_sweep(result: SweepResult) -> str:
     generated = bool(result.exact_match)
     several = any(score.point and len(set(score.point.weights)) > 1 for score in result.scores)
     named = any(score.point and (score.point.criterion or score.point.fit) for score in result.scores)
-    header = ["by"] * named + [
-        "density",
-        "weights" if several else "weight",
-        "channels",
-        "parameters",
-        "recover",
-        "keep",
-    ]
+    header = ["density", "weights" if several else "weight", "channels", "parameters", "recover", "keep"]
     header += ["exact, recover", "exact, keep"] if generated else []
     rows = []
     for score in [result.target, *result.frontier]:
         point = score.point
         weights = () if point is None else point.weights if several else point.weights[:1]
         rule = "" if point is None else " ".join(filter(None, (point.criterion, point.fit and "fitted")))
-        row = rule * named + [
-            "target" if point is None else f"{point.density:g}",
-            " ".join(f"{weight:g}" for weight in weights),
-        ]
+        row = ["target" if point is None else f"{point.density:g}", " ".join(f"{weight:g}" for weight in weights)]
         row += [f"{score.channels / result.channels:.2%}", f"{score.parameters / result.parameters:.2%}"]
         row += [f"{score.recover:.3f}", "" if score.keep is None else f"{score.keep:.3f}"]
         if generated:
