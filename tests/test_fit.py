@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
-from merges import act_config, merged, random_mask
+import yaml
+from click.testing import CliRunner
+from merges import act_config, check, merged, random_mask, refusal
 from samples import as_ability, random_samples
 
 from mergekit_act.abilities import AbilitySamples
-from mergekit_act.artifacts import Inputs, save_inputs
+from mergekit_act.artifacts import Inputs, load_inputs, save_inputs
 from mergekit_act.channels import Layout
+from mergekit_act.cli import main
 from mergekit_act.profiling import ProfilingSettings, open_pair
 from mergekit_act.profiling.scoring import measure_pair
 
@@ -96,3 +103,182 @@ def test_fitted_merges_equal_the_formula_row_by_row(pair_of, tmp_path, name, kee
             assert torch.equal(result[parameter][~cells], ours[parameter][~cells])
             seen += 1
     assert seen > 10
+
+
+@pytest.mark.parametrize("criterion", ["activation", "local", "attribution"])
+def test_inputs_are_the_same_whatever_runs(pair_of, criterion, tmp_path):
+    """Whatever the criterion, the micro-batches, and whether models are streamed."""
+    target, ability = pair_of("qwen3")
+    plain = plain_inputs(target)
+    found = inputs_of(target, ability, criterion=criterion, batch_tokens=1 if criterion == "local" else 64)
+    streamed = inputs_of(target, ability, criterion=criterion, memory_budget=1_700_000)
+    for module in ("model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj", "lm_head"):
+        for role in ("recover", "keep"):
+            name = f"{role}.{found.sources[module]}"
+            torch.testing.assert_close(found.tensors[name], streamed.tensors[name])
+            rows = plain[module][role]
+            near = torch.cdist(found.tensors[name].double(), rows).min(1)
+            assert (near.values < 0.02 * rows.norm(dim=1).mean()).all()  # each is one of the inputs, in bfloat16
+            assert len(set(near.indices.tolist())) == len(near.indices)  # and none twice
+    assert found.sources["model.layers.1.self_attn.v_proj"] == "model.layers.1.self_attn.q_proj"
+    assert {role: said["abilities"] for role, said in found.roles.items()} == {"recover": ["one"], "keep": ["two"]}
+    norm = torch.stack([row.square() for row in plain["model.norm"]["keep"]]).mean(0)
+    torch.testing.assert_close(found.tensors["keep.model.norm"].double(), norm, rtol=0.5, atol=0.05)
+
+
+def plain_inputs(target) -> dict[str, dict[str, torch.Tensor]]:
+    """Module -> role -> all of its inputs, of a norm what its weight multiplies; one sample at a time."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    names = ["model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj", "lm_head", "model.norm"]
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name in names:
+
+        def note(module, arguments, output, name=name):
+            rows = output / module.weight if name == "model.norm" else arguments[0]
+            seen.setdefault(name, []).append(rows[0].double())
+
+        model.get_submodule(name).register_forward_hook(note)
+    found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
+    for ability in two_abilities():
+        seen.clear()
+        with torch.no_grad():
+            for sample in ability.samples:
+                model(input_ids=sample.input_ids[None], use_cache=False)
+        for name in names:
+            found[name][ROLES[ability.name]] = torch.cat(seen[name])
+    return found
+
+
+@pytest.fixture
+def profiled(pair_of, tmp_path, monkeypatch):
+    """A folder with models, an ability to recover and one to keep, and their profiles with inputs."""
+
+    def make(name: str = "qwen2"):
+        target, ability = pair_of(name)
+        monkeypatch.chdir(tmp_path)
+        rows = [{"q": f"{a}+{b}", "a": str(a + b)} for a in range(8) for b in range(8)]
+        (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = "dataset: sums.jsonl, prompt: q, answer: a, samples: 12, evaluate: {samples: 4, max_new_tokens: 3}"
+        (tmp_path / "abilities.yml").write_text(
+            f"target: {target}\nability_model: {ability}\nabilities:\n"
+            f"  gained: {{{data}}}\n  kept: {{role: keep, seed: 5, {data}}}\n"
+        )
+        run("profile", "abilities.yml", "profiles", "--criterion", "attribution", "--inputs", "--dtype", "float32")
+        return target, ability
+
+    return make
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def test_from_profile_to_fitted_merge_and_sweep(profiled, tmp_path):
+    """The commands in the order of a user; the sweep's best merge has the very likelihoods of its score."""
+    target, ability = profiled()
+    said = run(
+        *("mask", "profiles/gained.safetensors", "-o", "mask.safetensors", "--density", "0.3"),
+        *("--retain", "profiles/kept.safetensors"),
+    )
+    assert "expected at weight 1, channel by channel: the loss of gained falls by" in said
+    assert "of kept rises by" in said
+    run("report", "mask.safetensors")
+    settings = {"weight": 1.0, "mask": "mask.safetensors", "fit": "profiles/inputs.safetensors"}
+    fitted = merged(act_config(target, (ability, settings), dtype="float32"), tmp_path / "fitted")
+    plain = merged(
+        act_config(target, (ability, {k: v for k, v in settings.items() if k != "fit"}), dtype="float32"),
+        tmp_path / "plain",
+    )
+    assert not all(torch.equal(fitted[name], plain[name]) for name in plain)
+    said = check(act_config(target, (ability, settings), dtype="float32"), tmp_path).output
+    assert "tensors of" in said
+    assert "are fitted, with" in said
+    ties = merged(
+        act_config(target, (ability, settings | {"density": 1.0}), merge_method="act_ties"), tmp_path / "ties"
+    )
+    for name, tensor in fitted.items():  # of one model, untrimmed, ties adds what act adds
+        torch.testing.assert_close(ties[name], tensor, rtol=1e-5, atol=1e-6)
+    run("profile", "abilities.yml", "local", "--criterion", "local", "--dtype", "float32")
+    own = {"weight": 1.0, "mask": "profiles/gained.safetensors, local/gained.safetensors", "mask_density": 0.1}
+    (tmp_path / "act.yml").write_text(yaml.safe_dump(act_config(target, (ability, own), dtype="float32")))
+    axes = ("--criterion", "local", "--criterion", "attribution", "--fit", "profiles/inputs.safetensors")
+    grid = ("--density", "0.2", "--density", "0.5", "--weight", "0.7", "--keep-within", "1")
+    said = run("sweep", "act.yml", "abilities.yml", "swept", *axes, *grid, "--device", "cpu")
+    rows = list(csv.DictReader((tmp_path / "swept/sweep.csv").open()))
+    assert len(rows) == 1 + 2 * 2 * 2
+    assert {(row["criterion"], row["fit"]) for row in rows[1:]} == {
+        (criterion, fit) for criterion in ("local", "attribution") for fit in ("", "profiles/inputs.safetensors")
+    }
+    best = yaml.safe_load((tmp_path / "swept/best.yml").read_text())
+    merged(best, tmp_path / "best")
+    said = json.loads(
+        run(
+            "evaluate",
+            str(tmp_path / "best"),
+            "--abilities",
+            "abilities.yml",
+            "--json",
+            "-",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        )
+    )
+    nll = {one["ability"]: one["nll"]["value"] for one in said["results"]}
+    own = best["models"][0]["parameters"]
+    row = next(
+        r
+        for r in rows
+        if (r["density"], r["fit"]) == (str(own["mask_density"]), own.get("fit", ""))
+        and r["criterion"] in own["mask"].replace("profiles/", "attribution/")
+    )
+    assert nll["gained"] == pytest.approx(float(row["nll:gained"]), rel=1e-5)
+
+
+def test_what_is_wrong_with_a_fit_is_told_before_the_first_tensor(profiled, pair_of, tmp_path):
+    target, ability = profiled()
+    random_mask(target, ability, tmp_path / "m.safetensors")
+    own = {"weight": 1.0, "mask": "m.safetensors", "fit": "profiles/inputs.safetensors"}
+
+    def said(**changes) -> str:
+        return refusal(act_config(target, (ability, own | changes)), tmp_path / "out")
+
+    assert 'mask "nowhere.safetensors" does not exist' in said(fit="nowhere.safetensors")
+    assert "is a mask; expected inputs" in said(fit="m.safetensors")
+    assert "greater than 0" in said(fit_ridge=0)
+    assert "greater than or equal to 0" in said(fit_keep=-1)
+    inputs = load_inputs(tmp_path / "profiles/inputs.safetensors")
+    for name, changed, what in (
+        ("keep", replace(inputs, roles={"recover": inputs.roles["recover"]}), "or set fit_keep: 0"),
+        (
+            "recover",
+            replace(inputs, roles={"keep": inputs.roles["keep"]}),
+            'no inputs of abilities with "role: recover"',
+        ),
+        ("pair", replace(inputs, target={"model": "other", "fingerprint": "x"}), "has inputs of another target, other"),
+        (
+            "module",
+            replace(inputs, sources={m: s for m, s in inputs.sources.items() if "up_proj" not in m}),
+            'has no inputs for "model.layers.0.mlp.up_proj.weight"',
+        ),
+    ):
+        save_inputs(changed, tmp_path / f"{name}.safetensors")
+        assert what in said(fit=f"{name}.safetensors")
+    tied, other = pair_of("qwen2-tied")
+    random_mask(tied, other, tmp_path / "tied.safetensors")
+    save_inputs(inputs_of(tied, other), tmp_path / "tied-inputs.safetensors")
+    config = act_config(tied, (other, own | {"mask": "tied.safetensors", "fit": "tied-inputs.safetensors"}))
+    assert "a fit needs one of them excluded" in refusal(config, tmp_path / "out")
+
+
+def test_profiles_and_inputs_of_other_settings_are_refused(profiled, tmp_path):
+    profiled()
+    said = run("profile", "abilities.yml", "profiles", "--criterion", "attribution", "--inputs", code=1)
+    assert "profiles/gained.safetensors" in said
+    for wrong in (("--criterion", "weight"), ("--criterion", "attribution", "--points", "2")):
+        said = run("profile", "abilities.yml", "other", "--inputs", *wrong, code=1)
+        assert "inputs are the target's on samples" in said
+    assert "expected a profile or a mask" in run("report", "profiles/inputs.safetensors", code=1)

@@ -235,3 +235,41 @@ def test_profiles_to_retain_are_of_the_same_model():
         select_channels(first, 0.5, retain=Retention([other]))
     with pytest.raises(ValueError, match="are by different criteria: activation and weight"):
         select_channels(first, 0.5, retain=Retention([replace(first, criterion="weight")]))
+
+
+def attributions(scores: dict[str, list[float]], damage: dict[str, list[float]], ability: str = "x") -> Profile:
+    harm = {module: torch.tensor(values) for module, values in damage.items()}
+    return replace(profile(scores, ability=ability), criterion="attribution", damage=harm)
+
+
+def test_channels_that_do_not_help_are_never_selected():
+    scores = attributions({"a": [3.0, -5.0, 0.0], "b": [1.0, -2.0, 2.0]}, {"a": [1.0] * 3, "b": [1.0] * 3})
+    assert chosen(select_channels(scores, 1.0)) == {"a": [0], "b": [0, 2]}
+    assert chosen(select_channels(scores, 0.34)) == {"a": [0], "b": [2]}
+    with pytest.raises(ValueError, match='no channel of "x" has a positive attribution'):
+        select_channels(attributions({"a": [-1.0, 0.0]}, {"a": [1.0, 1.0]}), 0.5)
+
+
+def test_attribution_is_divided_by_the_damage_of_the_kept():
+    gained = attributions({"m": [8.0, 6.0, 4.0, -9.0]}, {"m": [0.0] * 4}, "gained")
+    kept = attributions({"m": [1.0] * 4}, {"m": [7.0, 1.0, 1.0, 1.0]}, "kept")
+    # With the median of damage, 1: 8 / 8, 6 / 2, 4 / 2.
+    ranks = rank_channels(gained, retain=Retention([kept]))
+    assert ranks.tolist() == [2, 0, 1, 4]
+    assert rank_channels(gained, retain=Retention([kept], ranking="difference", strength=1.0)).tolist() == [2, 0, 1, 4]
+    assert rank_channels(gained, retain=Retention([kept], ranking="score")).tolist() == [0, 1, 2, 4]
+    # The channel that damages most is left out.
+    spared = Retention([kept], ranking="score", density=0.25)
+    assert rank_channels(gained, retain=spared).tolist() == [4, 0, 1, 4]
+    mask = make_mask([gained], 0.5, retain=Retention([kept]))
+    assert mask.sources[0]["gain"] == 10.0
+    assert mask.sources[0]["retain"]["abilities"][0]["loss"] == 2.0
+    assert mask.sources[0]["retain"]["ranking"] == "ratio"
+
+
+def test_criteria_are_not_mixed():
+    first, second = profile({"m": [1.0, 2.0]}), attributions({"m": [1.0, 2.0]}, {"m": [0.0, 0.0]})
+    with pytest.raises(ValueError, match="by different criteria, activation and attribution; a mask is by one"):
+        make_mask([first, second], 0.5)
+    with pytest.raises(ValueError, match="by different criteria: activation and attribution"):
+        rank_channels(first, retain=Retention([second]))

@@ -112,12 +112,18 @@ class InputSample:
             observer: the other one.
         """
         self._segment = []
+        busy = False
 
         def see(module: str, output: Any, inputs: Any) -> Any:
+            nonlocal busy
+            if busy:  # a norm runs again to see what its weights multiply
+                return None
+            busy = True
             if isinstance(output, ExpertOutput):
                 self._take_experts(module, ExpertOutput(inputs.detach(), output.tokens, output.ends), batch, places)
             else:
                 self._take(module, model.get_submodule(module), inputs, axes[module], batch, places)
+            busy = False
             return observer(module, output, inputs)
 
         return see
