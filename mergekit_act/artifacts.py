@@ -133,9 +133,10 @@ class Inputs:
     """A sample of the inputs that the target's modules receive, by role of the abilities (DESIGN, fit).
 
     Attributes:
-        tensors: ``<role>.<source>`` -> bfloat16 ``[rows, width]``, some of a source's inputs; of a norm float32
-            ``[channels]``, the mean squares of what its weights multiply; of an embedding float32 ``[rows]``, the share
-            of tokens that take each row. Of experts ``<role>.<source>.expert``, int32 ``[rows]``, says whose each is.
+        tensors: ``<role>.<source>`` -> float8_e4m3fn ``[rows, width]``, some of a source's inputs, which
+            ``<role>.<source>.scale``, float32 ``[rows]``, multiplies; of a norm float32 ``[channels]``, mean squares
+            of what its weights multiply; of an embedding float32 ``[rows]``, the share of tokens that take each row. Of
+            experts ``<role>.<source>.expert``, int32 ``[rows]``, says whose each is.
         layout: what the modules' channels own.
         sources: module -> the name of its source; modules that share their input share it.
         target: the target model: ``model``, ``revision``, ``fingerprint``.
@@ -147,6 +148,12 @@ class Inputs:
     sources: Mapping[str, str]
     target: Mapping[str, Any]
     roles: Mapping[str, Mapping[str, Any]]
+
+    def rows(self, name: str) -> Tensor:
+        """A tensor as float32, scaled."""
+        rows = self.tensors[name].float()
+        scale = self.tensors.get(f"{name}.scale")
+        return rows if scale is None else rows * scale[:, None]
 
 
 _PROVENANCE = {

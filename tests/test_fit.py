@@ -53,7 +53,7 @@ def expected_change(
     """What all of a parameter changes by, were all of its channels selected."""
     axis = dict(layout.parameters[module])[name]
     source = inputs.sources[module]
-    recovered, kept = (inputs.tensors[f"{role}.{source}"].double() for role in ("recover", "keep"))
+    recovered, kept = (inputs.rows(f"{role}.{source}").double() for role in ("recover", "keep"))
     if name.endswith("bias"):
         return change.double() / (1 + keep + ridge)
     if recovered.ndim == 1:
@@ -115,15 +115,15 @@ def test_inputs_are_the_same_whatever_runs(pair_of, criterion, tmp_path):
     for module in ("model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj", "lm_head"):
         for role in ("recover", "keep"):
             name = f"{role}.{found.sources[module]}"
-            torch.testing.assert_close(found.tensors[name], streamed.tensors[name])
+            torch.testing.assert_close(found.rows(name), streamed.rows(name))
             rows = plain[module][role]
-            near = torch.cdist(found.tensors[name].double(), rows).min(1)
-            assert (near.values < 0.02 * rows.norm(dim=1).mean()).all()  # each is one of the inputs, in bfloat16
+            near = torch.cdist(found.rows(name).double(), rows).min(1)
+            assert (near.values < 0.05 * rows.norm(dim=1).mean()).all()  # each is one of the inputs, in eight bits
             assert len(set(near.indices.tolist())) == len(near.indices)  # and none twice
     assert found.sources["model.layers.1.self_attn.v_proj"] == "model.layers.1.self_attn.q_proj"
     assert {role: said["abilities"] for role, said in found.roles.items()} == {"recover": ["one"], "keep": ["two"]}
     norm = torch.stack([row.square() for row in plain["model.norm"]["keep"]]).mean(0)
-    torch.testing.assert_close(found.tensors["keep.model.norm"].double(), norm, rtol=0.5, atol=0.05)
+    torch.testing.assert_close(found.tensors["keep.model.norm"].double(), norm, rtol=1e-4, atol=1e-6)
 
 
 def plain_inputs(target) -> dict[str, dict[str, torch.Tensor]]:

@@ -128,8 +128,8 @@ class TensorFit:
         if name not in self.inputs.tensors:  # no ability of this role: nothing to keep
             other = self.inputs.tensors.get(self._name("recover", suffix))
             return like.new_zeros(0 if other is None else other[:0].shape if other.ndim == 2 else other.shape)
-        found = self.inputs.tensors[name].to(like.device)
-        return found if suffix else found.to(like.dtype)
+        found = self.inputs.tensors[name] if suffix else self.inputs.rows(name).to(like.dtype)
+        return found.to(like.device)
 
     def _name(self, role: str, suffix: str = "") -> str:
         return f"{role}.{self.inputs.sources[self.module]}{suffix}"

@@ -25,8 +25,10 @@ from mergekit_act.streaming.segments import Observer
 
 __all__ = ["InputSample", "TokenPlaces"]
 
-_ROWS = 256  # for each role
+_ROWS = 512  # for each role
 _LEAST_ROWS = 64  # that a file keeps, however small the model
+# Twice as many rows are worth more than digits: that many inputs are fitted, and the noise is that of a small ridge.
+_DTYPE = torch.float8_e4m3fn
 _SHARE = 0.1  # of the model's bytes that a file may have
 _EXPERT = ".expert"  # behind the name of what says whose input a row is
 
@@ -153,20 +155,26 @@ class InputSample:
         for name in sorted(shapes):
             own = self.buffers.get(name, torch.zeros(shapes[name]))
             self.buffers[name] = processes.add(own.double()).float()
-        widths = sum(buffer.shape[1:].numel() * buffer.shape[0] for buffer in self.buffers.values())
+        row_bytes = sum(
+            buffer.shape[1:].numel() + 4
+            for name, buffer in self.buffers.items()
+            if name.partition(".")[2] not in self._squares
+        )
         allowed = _SHARE * sum(header.size for header in self._pair.target.headers.values())
-        share = min(1.0, max(allowed / max(1, 2 * widths), _LEAST_ROWS / _ROWS))
-        roles = {role: said | {"rows": max(1, int(said["rows"] * share))} for role, said in self.roles.items()}
+        most = max(_LEAST_ROWS, int(allowed / max(1, row_bytes)))
+        roles = {role: said | {"rows": min(said["rows"], most)} for role, said in self.roles.items()}
         tensors = dict(self._shares)
         for name, buffer in self.buffers.items():
             role, _, source = name.partition(".")
             rows = buffer[: roles[role]["rows"]]
-            if source.endswith(_EXPERT):
+            if source in self._squares:
+                tensors[name] = buffer.mean(0)
+            elif source.endswith(_EXPERT):
                 tensors[name] = rows.flatten().to(torch.int32)
-            elif source in self._squares:
-                tensors[name] = rows.mean(0)
             else:
-                tensors[name] = rows.reshape(-1, rows.shape[-1]).bfloat16()
+                flat = rows.reshape(-1, rows.shape[-1])
+                scale = (flat.abs().amax(1) / torch.finfo(_DTYPE).max).clamp(min=torch.finfo(torch.float32).tiny)
+                tensors[name], tensors[f"{name}.scale"] = (flat / scale[:, None]).to(_DTYPE), scale
         sources = {module: self._sources[module] for module in self._pair.layout.modules}
         return Inputs(tensors, self._pair.layout, sources, self._pair.target.describe(), roles)
 
