@@ -271,8 +271,9 @@ def main(folder: Path, abilities: str, kept_by: str, exclude, only, fit_keep, fi
                 models = [{"model": file.ability_model, "parameters": own}]
                 written = {"merge_method": "act", "base_model": file.target, "models": models, "dtype": "float32"}
                 config = MergeConfiguration.model_validate(written)
+                ability = config.models[0].model
                 patched.take(plan_merge(config, MergeOptions()))
-                planned[:] = [wanted, config.models[0].model]
+                planned[:] = [wanted, ability]
             return patched.patched({planned[1]: weight})
 
         shown = f" (keep {fit_keep}, ridge {fit_ridge})" if (fit_keep, fit_ridge) != (None, None) else ""

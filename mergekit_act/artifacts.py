@@ -128,15 +128,16 @@ class Mask:
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity
 class Inputs:
     """A sample of the inputs that the target's modules receive, by role of the abilities (DESIGN, fit).
 
     Attributes:
-        tensors: ``<role>.<source>`` -> float8_e4m3fn ``[rows, width]``, some of a source's inputs, which
-            ``<role>.<source>.scale``, float32 ``[rows]``, multiplies; of a norm float32 ``[channels]``, mean squares
-            of what its weights multiply; of an embedding float32 ``[rows]``, the share of tokens that take each row. Of
-            experts ``<role>.<source>.expert``, int32 ``[rows]``, says whose each is.
+        tensors: ``<role>.<source>`` -> float8_e4m3fn ``[rows, width]``, some of a source's inputs;
+            ``<role>.<source>.scale``, float32 ``[rows]``, scales and weighs them, so that the mean of their squares is
+            that over all inputs. Of a norm float32 ``[channels]``, mean squares of what its weights multiply; of an
+            embedding float32 ``[rows]``, the share of tokens that take each row. Of experts
+            ``<role>.<source>.expert``, int32 ``[rows]``, says whose each is.
         layout: what the modules' channels own.
         sources: module -> the name of its source; modules that share their input share it.
         target: the target model: ``model``, ``revision``, ``fingerprint``.

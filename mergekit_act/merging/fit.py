@@ -107,29 +107,31 @@ class TensorFit:
         keep, ridge = self.setting.keep, self.setting.ridge
         if self.is_bias:
             return changes / (1 + keep + ridge)
-        recovered, kept = self._of("recover", changes), self._of("keep", changes)
-        if recovered.ndim == 1:  # an embedding's slices are columns, whose numbers belong to its rows
-            whole = changes.ndim == 2
-            shares = [own if whole else own[index[0].to(own.device)] for own in (recovered, kept)]
-            damped = shares[0] + keep * shares[1] + ridge * recovered.mean()
-            return changes * (shares[0] / damped)
-        experts = self._of("recover", changes, _EXPERT), self._of("keep", changes, _EXPERT)
+        if self.inputs.tensors[self._name("recover")].ndim == 1:
+            recovered, kept = self._of("recover", changes), self._of("keep", changes)
+            factors = recovered / (recovered + keep * kept + ridge * recovered.mean())
+            # An embedding's slices are columns, whose numbers belong to its rows; a norm's are single numbers.
+            return changes * (factors if changes.ndim == 2 else factors[index[0].to(factors.device)])
         if self._name("recover", _EXPERT) not in self.inputs.tensors:
-            return _solved(changes, recovered, kept, self.setting)
+            return self._apply(changes)
         fitted = torch.empty_like(changes)
         for expert in sorted(set(index[0].tolist())):
             own = (index[0] == expert).nonzero().flatten().to(changes.device)
-            ours, theirs = (x[which == expert] for x, which in zip((recovered, kept), experts, strict=True))
-            fitted[own] = _solved(changes[own], ours, theirs, self.setting)
+            fitted[own] = self._apply(changes[own], expert)
         return fitted
 
-    def _of(self, role: str, like: Tensor, suffix: str = "") -> Tensor:
-        name = self._name(role, suffix)
-        if name not in self.inputs.tensors:  # no ability of this role: nothing to keep
-            other = self.inputs.tensors.get(self._name("recover", suffix))
-            return like.new_zeros(0 if other is None else other[:0].shape if other.ndim == 2 else other.shape)
-        found = self.inputs.tensors[name] if suffix else self.inputs.rows(name).to(like.dtype)
-        return found.to(like.device)
+    def _apply(self, changes: Tensor, expert: int | None = None) -> Tensor:
+        names = [self._name(role) for role in ("recover", "keep")]
+        operator = _operator(self.inputs, *names, expert, self.setting.keep, self.setting.ridge)
+        for factor in operator:
+            changes = changes @ factor.to(changes)
+        return changes
+
+    def _of(self, role: str, like: Tensor) -> Tensor:
+        """Of a norm or an embedding; nothing is to be kept where there is no ability to keep."""
+        name = self._name(role)
+        found = self.inputs.rows(name) if name in self.inputs.tensors else torch.zeros(())
+        return found.to(like)
 
     def _name(self, role: str, suffix: str = "") -> str:
         return f"{role}.{self.inputs.sources[self.module]}{suffix}"
@@ -170,22 +172,40 @@ def fitted_selection(selection: TensorSelection, names: Collection[str], setting
     return replace(selection, fit=fit)
 
 
-def _solved(changes: Tensor, recovered: Tensor, kept: Tensor, setting: FitSetting) -> Tensor:
-    """δ for rows of changes ``[rows, width]``; inputs are ``[samples, width]``."""
-    if not len(recovered):  # an expert that no input to recover reaches: nothing says how to change it
-        return torch.zeros_like(changes)
-    first = recovered.double() / len(recovered) ** 0.5
-    second = kept.double() * (setting.keep / max(1, len(kept))) ** 0.5
-    ridge = setting.ridge * float(first.square().sum()) / first.shape[1]
+@lru_cache(maxsize=8)  # modules that share their input come one behind the other
+def _operator(
+    inputs: Inputs, recover: str, keep: str, expert: int | None, weight: float, ridge: float
+) -> tuple[Tensor, ...]:
+    """Matrices float32 that rows of changes ``[rows, width]`` are multiplied with, one after the other.
+
+    Args:
+        inputs: of the target's modules.
+        recover: the name of those to recover, ``[samples, width]``.
+        keep: likewise.
+        expert: whose rows of these are taken; None takes all.
+        weight: of those to keep.
+        ridge: as ``FitSetting`` has it.
+    """
+    first, second = (_rows_of(inputs, name, expert) for name in (recover, keep))
+    if not len(first):  # an expert that no input to recover reaches: nothing says how to change it
+        return (torch.zeros(first.shape[1], first.shape[1]),)
+    first = first / len(first) ** 0.5
+    second = second * (weight / max(1, len(second))) ** 0.5
+    damping = ridge * float(first.square().sum()) / first.shape[1]
     both = torch.cat([first, second])
-    outputs = changes.double() @ first.T
     if len(both) < both.shape[1]:
         gram = both @ both.T
-        gram.diagonal().add_(ridge)
-        solved = torch.linalg.solve(gram, both)[: len(first)]
-        fitted: Tensor = outputs @ solved
-    else:
-        gram = both.T @ both
-        gram.diagonal().add_(ridge)
-        fitted = torch.linalg.solve(gram, (outputs @ first).T).T
-    return fitted.to(changes.dtype)
+        gram.diagonal().add_(damping)
+        return first.T.float(), torch.linalg.solve(gram, both)[: len(first)].float()
+    gram = both.T @ both
+    gram.diagonal().add_(damping)
+    return (torch.linalg.solve(gram, first.T @ first).T.float(),)
+
+
+def _rows_of(inputs: Inputs, name: str, expert: int | None) -> Tensor:
+    """float64 ``[samples, width]``; none if there are no abilities of this role."""
+    if name not in inputs.tensors:
+        width = inputs.tensors[f"recover.{name.partition('.')[2]}"].shape[1]
+        return torch.zeros(0, width, dtype=torch.float64)
+    rows = inputs.rows(name).double()
+    return rows if expert is None else rows[inputs.tensors[name + _EXPERT] == expert]

@@ -38,7 +38,7 @@ PAPER = "https://arxiv.org/abs/2601.09398"
 LEFT_OUT = frozenset({"slerp", "nearswap", "arcee_fusion", "model_stock"})
 
 #: Defaults of a fit.
-FIT_KEEP, FIT_RIDGE = 1.0, 0.001
+FIT_KEEP, FIT_RIDGE = 0.3, 0.001
 
 _MASK_PARAMETERS = (
     ParameterSpec(

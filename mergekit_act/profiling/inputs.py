@@ -55,7 +55,8 @@ class TokenPlaces:
 class InputSample:
     """Rows of inputs, filled as micro-batches pass through the target.
 
-    Tokens that all samples of an ability begin with, a template's, are not taken: their inputs are all the same.
+    Tokens that all samples of an ability begin with, a template's, are taken from one sample: they are all the same.
+    They get the weight that they have among all tokens.
 
     Args:
         pair: the models.
@@ -81,16 +82,30 @@ class InputSample:
         self._squares: set[str] = set()  # norms: what their weights multiply, squared
         self.buffers: dict[str, Tensor] = {}
         self.roles: dict[str, dict[str, Any]] = {}
+        self._weights: dict[
+            str, tuple[Tensor, int]
+        ] = {}  # role -> of the common tokens' rows, how many others there are
         rows: dict[tuple[int, int, int], int] = {}  # (ability, sample, position) -> row
         for role in dict.fromkeys(roles.values()):
             own = [(place, ability) for place, ability in enumerate(abilities) if roles[ability.name] == role]
-            tokens = [(place, *token) for place, ability in own for token in _own_tokens(ability)]
-            chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:_ROWS].tolist()
-            rows |= {tokens[token]: row for row, token in enumerate(chosen)}
+            common, tokens = [], []
+            for place, ability in own:
+                start = _common_start(ability)
+                common += [(place, 0, position) for position in range(start)]
+                tokens += [(place, *token) for token in _own_tokens(ability, start)]
+            generator = torch.Generator().manual_seed(0)
+            first = torch.randperm(len(common), generator=generator)[: _ROWS // 8].tolist()
+            others = torch.randperm(len(tokens), generator=generator)[: _ROWS - len(first)].tolist()
+            chosen = [*(common[n] for n in first), *(tokens[n] for n in others)]
+            repeated = [
+                len(abilities[place].samples) * len(common) / len(first) for place, _, _ in chosen[: len(first)]
+            ]
+            self._weights[role] = (torch.tensor(repeated), len(tokens))
+            rows |= {token: row for row, token in enumerate(chosen)}
             self.roles[role] = {
                 "abilities": [ability.name for _, ability in own],
                 "samples": sum(len(ability.samples) for _, ability in own),
-                "tokens": len(tokens),
+                "tokens": len(common) + len(tokens),
                 "rows": len(chosen),
             }
         self.places = _places(abilities, roles, batches, rows)
@@ -168,15 +183,24 @@ class InputSample:
             role, _, source = name.partition(".")
             rows = buffer[: roles[role]["rows"]]
             if source in self._squares:
-                tensors[name] = buffer.mean(0)
+                tensors[name] = (buffer * self._shares_of(role, len(buffer))[:, None]).mean(0)
             elif source.endswith(_EXPERT):
                 tensors[name] = rows.flatten().to(torch.int32)
             else:
                 flat = rows.reshape(-1, rows.shape[-1])
+                weights = self._shares_of(role, len(rows)).repeat_interleave(len(flat) // len(rows))
                 scale = (flat.abs().amax(1) / torch.finfo(_DTYPE).max).clamp(min=torch.finfo(torch.float32).tiny)
-                tensors[name], tensors[f"{name}.scale"] = (flat / scale[:, None]).to(_DTYPE), scale
+                tensors[name], tensors[f"{name}.scale"] = (flat / scale[:, None]).to(_DTYPE), scale * weights.sqrt()
         sources = {module: self._sources[module] for module in self._pair.layout.modules}
         return Inputs(tensors, self._pair.layout, sources, self._pair.target.describe(), roles)
+
+    def _shares_of(self, role: str, rows: int) -> Tensor:
+        """float32 ``[rows]``: the weights of a role's first rows, 1 in the mean."""
+        repeated, others = self._weights[role]
+        repeated = repeated[:rows]
+        left = rows - len(repeated)
+        weights = torch.cat([repeated, torch.full((left,), others / max(1, left))])
+        return weights / weights.mean()
 
     def _take(
         self,
@@ -234,14 +258,17 @@ class InputSample:
         self.buffers[name][where.cpu()] = rows.float().cpu()
 
 
-def _own_tokens(ability: AbilitySamples) -> list[tuple[int, int]]:
-    """(sample, position) of all tokens behind those that all samples begin with."""
+def _common_start(ability: AbilitySamples) -> int:
+    """How many tokens all samples begin with; none if there is just one sample."""
     samples = ability.samples
     shortest = min(len(sample.input_ids) for sample in samples)
     first = torch.stack([sample.input_ids[:shortest] for sample in samples])
-    differs = (first != first[0]).any(0).nonzero()
-    start = int(differs[0]) if len(differs) and len(samples) > 1 else 0
-    return [(place, t) for place, sample in enumerate(samples) for t in range(start, len(sample.input_ids))]
+    return int((first == first[0]).all(0).cumprod(0).sum()) if len(samples) > 1 else 0
+
+
+def _own_tokens(ability: AbilitySamples, start: int) -> list[tuple[int, int]]:
+    """(sample, position) of all tokens behind those that all samples begin with."""
+    return [(place, t) for place, sample in enumerate(ability.samples) for t in range(start, len(sample.input_ids))]
 
 
 def _places(
@@ -282,7 +309,7 @@ def _token_shares(pair: ModelPair, abilities: Sequence[AbilitySamples], roles: M
             for ability in abilities:
                 if roles[ability.name] != role:
                     continue
-                for place, position in _own_tokens(ability):
+                for place, position in _own_tokens(ability, 0):
                     row = int(ability.samples[place].input_ids[position]) if owner is words else position
                     counts[min(row, len(counts) - 1)] += 1
             found[f"{role}.{module}"] = counts / counts.sum()
