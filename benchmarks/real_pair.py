@@ -24,7 +24,7 @@ import yaml
 
 UPDATES = 220
 BATCH = 16
-HELD_OUT = 200
+HELD_OUT = {"facts": 200, "arithmetic": 400}
 
 
 def make_pair(folder: Path) -> Path:
@@ -113,8 +113,7 @@ def _arithmetic() -> list[dict[str, str]]:
 
 def _abilities(folder: Path, rows: dict[str, int]) -> dict[str, object]:
     """The abilities file: profiled rows first, then those held out."""
-    count = rows["facts"] - HELD_OUT
-    evaluate = {"samples": HELD_OUT, "max_new_tokens": 24}
+    count = rows["facts"] - HELD_OUT["facts"]
     return {
         "target": str(folder / "arithmetic"),
         "ability_model": str(folder / "general"),
@@ -125,7 +124,7 @@ def _abilities(folder: Path, rows: dict[str, int]) -> dict[str, object]:
                 "prompt": "prompt",
                 "answer": "answer",
                 "samples": count,
-                "evaluate": {"offset": count, **evaluate},
+                "evaluate": {"offset": count, "samples": HELD_OUT[name], "max_new_tokens": 24},
             }
             for name, role in (("facts", "recover"), ("arithmetic", "keep"))
         },

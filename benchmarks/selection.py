@@ -1,15 +1,15 @@
 """Rules of selection beside each other: what each recovers while the kept abilities stay.
 
     mergekit-act demo DEMO && python benchmarks/selection.py DEMO
-    python benchmarks/real_pair.py REAL && python benchmarks/selection.py REAL --kept exact --exclude lm_head \\
-        --exclude model.embed_tokens
+    python benchmarks/real_pair.py REAL && python benchmarks/selection.py REAL --kept exact \\
+        --exclude lm_head --exclude model.embed_tokens
 
 FOLDER holds an abilities file with abilities to recover and to keep. Two fifths of its held-out samples are for
 validation, the others for test. For every rule and share of parameters (1, 5, 20 %, and the best of all) the weight is
-the one that recovers most on validation samples among those at which all kept abilities have at least 97 % of what the
-target has there: right answers (--kept exact), or likelihood. Told is what that point does on test samples, with 95 %
-bootstrap intervals. Answers count as right if all their tokens are the most likely ones, which is what greedy decoding
-gives. What is measured is kept in FOLDER/selection, and a rerun goes on from there.
+the largest at which the kept abilities have at least 97 % of what the target has on validation samples: right answers
+(--kept exact), or likelihood. Told is what that point does on test samples, with 95 % bootstrap intervals. Answers
+count as right if all their tokens are the most likely ones, which is what greedy decoding gives. What is measured is
+kept in FOLDER/selection, and a rerun goes on from there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import math
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import click
@@ -27,9 +28,9 @@ import torch
 from tqdm import tqdm
 
 SHARES = (0.01, 0.05, 0.2)
-FREE = (0.1, 0.4, 1.0)  # for the best of all, besides these
-WEIGHTS = (0.3, 0.5, 0.7, 1.0)
-FITTED_WEIGHTS = (1.0,)
+FREE = (0.1, 0.4)  # for the best of all, besides these
+FITTED = (0.05, 0.2, 0.4)
+WEIGHTS = (1.0, 0.7, 0.5, 0.3)
 KEPT = 0.97
 VALIDATION = 0.4
 HEADER = ["rule", "share", "channels", "weight", "kept", "likelihood kept", "nll to recover", "exact"]
@@ -172,10 +173,8 @@ def stock_merges(file, folder):
 
     for method, more in (("ties", {}), ("dare_linear", {}), ("della_linear", {"epsilon": 0.1})):
         for density in (0.2, 0.5):
-            for weight in (0.3, 0.6, 1.0):
-                if method != "ties" or density < 0.5 or weight < 1.0:
-                    settings = {"density": density, "weight": weight, **more}
-                    yield method, density, weight, lambda m=method, s=settings: make(m, s)
+            for weight in (1.0, 0.6, 0.3, 0.1):
+                yield method, density, weight, partial(make, method, {"density": density, "weight": weight, **more})
 
 
 @click.command()
@@ -213,7 +212,11 @@ def main(folder: Path, abilities: str, kept_by: str, exclude, only, fit_keep, fi
     kept = [profile for name, profile in profiles["attribution"].items() if roles[name] == "keep"]
     held_out = collect_held_out(file, Tokenizers(file.target, file.ability_model))
     measured = Measured(held_out, ("validation", "test"))
-    model = load_model(open_checkpoint(file.target), device="cpu", dtype=torch.float32)
+
+    def load(source):
+        return load_model(open_checkpoint(str(source)), device="cpu", dtype=torch.float32)
+
+    model = load(file.target)
     patched = PatchedModel(model, torch.float32)
     store = out / "scores.jsonl"
     known = {}
@@ -231,30 +234,17 @@ def main(folder: Path, abilities: str, kept_by: str, exclude, only, fit_keep, fi
                 lines.write(json.dumps(one) + "\n")
         return known[key]
 
-    def load_other(source):
-        other = load_model(open_checkpoint(str(source)), device="cpu", dtype=torch.float32)
-        return other
-
     target = {part: score("target", part, model) for part in ("validation", "test")}
     rows = [("target", "", "", "", target["test"])]
-    if "ability model None" not in only:
-        key = "test ability model"
-        rows.append(
-            (
-                "ability model",
-                "",
-                "",
-                "",
-                known[key] if key in known else score("ability model", "test", load_other(file.ability_model)),
-            )
-        )
+    key = "test ability model"
+    own = known[key] if key in known else score("ability model", "test", load(file.ability_model))
+    rows.append(("ability model", "", "", "", own))
 
     def enough(one):
         name = "kept" if kept_by == "exact" else "likelihood"
         return one[name] >= KEPT * target["validation"][name]
 
-    # (rule, share, channels, weight) -> a function that gives the model, within which it is that merge
-    points = []
+    points = []  # rule, share, density, weights, and what gives the model, within which it is a merge of a weight
     with tempfile.TemporaryDirectory() as temporary:
         mask_file = Path(temporary) / "mask.safetensors"
         planned: list[object] = [None]
@@ -287,22 +277,23 @@ def main(folder: Path, abilities: str, kept_by: str, exclude, only, fit_keep, fi
                 name = f"{rule}, fitted{shown}" if fit else rule
                 if only and not any(one in name for one in only):
                     continue
-                shares = (1.0,) if rule in ("task arithmetic", "all rows") else (*SHARES, *FREE)
+                shares = FITTED if fit else (*SHARES, *FREE)
+                shares = (1.0,) if rule in ("task arithmetic", "all rows") else shares
+                weights = (*WEIGHTS, 0.2, 0.1) if rule == "task arithmetic" else WEIGHTS
                 for share in shares:
                     density = 1.0 if share == 1 else density_of(chosen[0], share, options)
-                    weights = FITTED_WEIGHTS if fit else WEIGHTS
-                    if rule == "task arithmetic":
-                        weights = (0.1, 0.2, *WEIGHTS)
-                    for weight in weights:
-                        function = lambda c=chosen, o=options, d=density, f=fit, w=weight, r=rule: act(r, c, o, d, f, w)  # noqa: E731
-                        points.append((name, share, density, weight, function))
+                    points.append((name, share, density, weights, partial(act, rule, chosen, options, density, fit)))
         found = {}
-        for name, share, density, weight, function in tqdm(points):
-            key = f"{name} {share} {weight}"
-            if f"validation {key}" not in known:
-                with function() as merged:
-                    score(key, "validation", merged)
-            found.setdefault(name, []).append((known[f"validation {key}"], share, density, weight, key, function))
+        for name, share, density, weights, merge in tqdm(points):
+            for weight in weights:
+                key = f"{name} {share} {weight}"
+                if f"validation {key}" not in known:
+                    with merge(weight) as merged:
+                        score(key, "validation", merged)
+                one = (known[f"validation {key}"], share, density, weight, key, merge)
+                found.setdefault(name, []).append(one)
+                if enough(one[0]):
+                    break
         for name, tried in found.items():
             cells = [*((f"{share:.0%}", [t for t in tried if t[1] == share]) for share in SHARES), ("free", tried)]
             for shown_share, some in cells:
@@ -313,24 +304,26 @@ def main(folder: Path, abilities: str, kept_by: str, exclude, only, fit_keep, fi
                     rows.append((name, shown_share, "", "none keeps enough", None))
                     continue
                 best = min(allowed, key=lambda one: one[0]["nll"])
-                _, share, density, weight, key, function = best
+                _, share, density, weight, key, merge = best
                 if f"test {key}" not in known:
-                    with function() as merged:
+                    with merge(weight) as merged:
                         score(key, "test", merged)
                 shown_share = f"free: {share:.0%}" if shown_share == "free" else shown_share
                 rows.append((name, shown_share, f"{density:.2%}", f"{weight:g}", known[f"test {key}"]))
         if not only:
-            by_method = {}
+            tried = {}
             for method, density, weight, make in stock_merges(file, Path(temporary) / "merge"):
+                if any(enough(one[0]) for one in tried.get((method, density), ())):
+                    continue
                 key = f"{method} {density} {weight}"
                 for part in ("validation", "test"):
                     if f"{part} {key}" not in known:
-                        score(key, part, load_other(make()))
-                by_method.setdefault(method, []).append((known[f"validation {key}"], density, weight, key))
-            for method, tried in by_method.items():
-                allowed = [one for one in tried if enough(one[0])]
-                if allowed:
-                    _, density, weight, key = min(allowed, key=lambda one: one[0]["nll"])
+                        score(key, part, load(make()))
+                tried.setdefault((method, density), []).append((known[f"validation {key}"], density, weight, key))
+            for method in dict.fromkeys(method for method, _ in tried):
+                own = [one for (its, _), some in tried.items() if its == method for one in some if enough(one[0])]
+                if own:
+                    _, density, weight, key = min(own, key=lambda one: one[0]["nll"])
                     rows.append((method, f"density {density:g}", "", f"{weight:g}", known[f"test {key}"]))
                 else:
                     rows.append((method, "", "", "none keeps enough", None))

@@ -17,13 +17,15 @@ from mergekit.scripts.multimerge import main as mergekit_multi
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from merges import random_mask, state_of
 from oracle import plain_merge
+from samples import as_ability, random_samples
 from tiny import make_model, make_vision_language_model, tiny_config
 
 from mergekit_act.abilities import load_abilities
-from mergekit_act.artifacts import load_mask, save_profile
+from mergekit_act.artifacts import load_mask, save_inputs, save_profile
 from mergekit_act.cli import main
 from mergekit_act.merging import load_mask_files
-from mergekit_act.profiling import open_pair, profile_without_data
+from mergekit_act.profiling import ProfilingSettings, open_pair, profile_without_data
+from mergekit_act.profiling.scoring import measure_pair
 
 EXAMPLES = Path(__file__).parent.parent / "example_configs"
 ABILITIES = sorted(EXAMPLES.glob("abilities*.yml"))
@@ -63,6 +65,12 @@ def make_example_folder(name: str, folder: Path) -> list[Path]:
             save_profile(
                 profile_without_data(pair, "random", random_seed=i), folder / f"profiles/{profile}.safetensors"
             )
+    if name == "act-fit":
+        pair = open_pair(str(models[0]), str(models[1]))
+        abilities = [as_ability(random_samples(i), role) for i, role in enumerate(("recover", "keep"))]
+        settings = ProfilingSettings(device="cpu", dtype="float32")
+        inputs = measure_pair(pair, abilities, settings, roles={role: role for role in ("recover", "keep")})[1]
+        save_inputs(inputs, folder / "profiles/inputs.safetensors")
     return models
 
 
