@@ -3,8 +3,8 @@
     python benchmarks/forwards.py [--model 100m] [--device cpu] [--dtype float32] [--rounds 7]
 
 Makes a random pair in memory-mapped files, and times, over the same padded batches: two bare forwards with the head at
-answer positions, two bare forwards with the full head, and the profiler by each criterion. The yardstick runs in inference mode without
-cache. Prints medians and ratios.
+answer positions, two bare forwards with the full head, and the profiler by each criterion. The yardstick runs in
+inference mode without cache. Prints medians and ratios.
 """
 
 from __future__ import annotations

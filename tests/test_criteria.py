@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from oracle import plain_attribution, plain_local, plain_local_experts
 from safetensors.torch import load_file, save_file
 from samples import ARCHITECTURES, as_ability, random_samples
 from tiny import make_model, tiny_config
 
+from mergekit_act.artifacts import ArtifactError, load_profile, save_profile
+from mergekit_act.cli import main
 from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair
+from mergekit_act.selection import select_channels
 
 EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss")
 
@@ -136,3 +143,58 @@ def test_settings_of_other_criteria_are_refused(pair_of):
     ):
         with pytest.raises(ValueError, match=said):
             profile_pair(pair, [as_ability(random_samples())], wrong)
+
+
+def test_a_report_of_several_criteria(pair_of, tmp_path):
+    """A section for each, and how much of an ability's channels they share."""
+    pair = open_pair(*map(str, pair_of("qwen2")))
+    abilities = [as_ability(random_samples(), "one"), as_ability(random_samples(1), "two")]
+    profiles, paths = {}, []
+    for criterion in ("activation", "local", "attribution"):
+        for profile in profile_pair(pair, abilities, settings(criterion)):
+            path = tmp_path / f"{criterion}-{profile.ability}.safetensors"
+            save_profile(profile, path)
+            profiles[criterion, profile.ability] = load_profile(path)
+            paths.append(str(path))
+    density = 0.1
+    report = [*paths, "-o", str(tmp_path / "report"), "--density", str(density), "--quiet"]
+    done = CliRunner().invoke(main, ["report", *report])
+    assert done.exit_code == 0, (done.output, done.exception)
+    rows = {
+        (row["ability"], row["pair"].rpartition(", ")[2], row["other_pair"].rpartition(", ")[2]): row
+        for row in csv.DictReader((tmp_path / "report/consistency.csv").open())
+    }
+    for first, second in itertools.combinations(("activation", "local", "attribution"), 2):
+        ours, theirs = (select_channels(profiles[criterion, "one"], density) for criterion in (first, second))
+        common = sum(int((ours[module] & theirs[module]).sum()) for module in ours if module in theirs)
+        assert int(rows["one", first, second]["channels"]) == common
+    (signs,) = (tmp_path / "report").glob("attribution-*.csv")
+    (one, _) = csv.DictReader(signs.open())
+    scores = torch.cat([part.flatten() for part in profiles["attribution", "one"].scores.values()])
+    damage = torch.cat([part.flatten() for part in profiles["attribution", "one"].damage.values()])
+    assert float(one["share_helping"]) == pytest.approx(float((scores > 0).float().mean()))
+    assert float(one["sum_helping"]) == pytest.approx(float(scores[scores > 0].sum()), rel=1e-5)
+    assert float(one["sum_damage"]) == pytest.approx(float(damage.sum()), rel=1e-5)
+    said = CliRunner().invoke(main, ["report", str(tmp_path / "attribution-one.safetensors")]).output
+    assert "of the channels help, by" in said
+
+
+def test_damage_in_a_file_is_checked(pair_of, tmp_path):
+    pair = open_pair(*map(str, pair_of("qwen2")))
+    (profile,) = profile_pair(pair, [as_ability(random_samples())], settings("attribution"))
+    first = next(iter(profile.damage))
+    for changed, what in (
+        (replace(profile, damage={}), "has no damage"),
+        (replace(profile, damage={**profile.damage, first: -profile.damage[first]}), "has negative damage"),
+        (replace(profile, criterion="local"), "it has damage, which the criterion local has not"),
+        (replace(profile, criterion="other"), 'criterion "other" is none of'),
+    ):
+        with pytest.raises(ArtifactError, match=what):
+            save_profile(changed, tmp_path / "p.safetensors")
+
+
+def test_an_ability_without_a_loss_is_told(pair_of):
+    pair = open_pair(*map(str, pair_of("qwen2")))
+    alone = as_ability([([5, 6, 7], [True, False, False])])
+    with pytest.raises(ValueError, match='"x" has no answer token behind another token, and so no loss'):
+        profile_pair(pair, [alone], settings("attribution"))

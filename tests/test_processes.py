@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from mergekit_act.abilities import load_abilities
-from mergekit_act.artifacts import load_profile
+from mergekit_act.artifacts import load_inputs, load_profile
 from mergekit_act.profiling import ProfilingSettings, write_profiles
 
 DIES = """
@@ -46,6 +46,21 @@ def test_processes_share_the_samples_and_one_may_have_none(two_abilities, tmp_pa
         for module, scores in alone.scores.items():
             torch.testing.assert_close(many.scores[module], scores, rtol=1e-5, atol=1e-7)
         assert (many.samples, many.answer_tokens, many.data) == (alone.samples, alone.answer_tokens, alone.data)
+
+
+def test_processes_share_attribution_and_inputs(two_abilities, tmp_path):
+    options = ["--criterion", "attribution", "--inputs", "--dtype", "float32", "--batch-tokens", "400"]
+    done = torchrun(2, "-m", "mergekit_act", "profile", two_abilities, tmp_path / "many", *options)
+    assert done.returncode == 0, done.stderr
+    settings = {"criterion": "attribution", "inputs": True, "dtype": "float32", "batch_tokens": 400, "quiet": True}
+    write_profiles(load_abilities(two_abilities), tmp_path / "alone", ProfilingSettings(**settings))
+    many, alone = (load_profile(tmp_path / folder / "one.safetensors") for folder in ("many", "alone"))
+    for ours, theirs in ((many.scores, alone.scores), (many.damage, alone.damage)):
+        for module, values in theirs.items():
+            torch.testing.assert_close(ours[module], values, rtol=1e-4, atol=1e-6 * float(values.abs().max()))
+    many, alone = (load_inputs(tmp_path / folder / "inputs.safetensors") for folder in ("many", "alone"))
+    assert (many.roles, many.sources) == (alone.roles, alone.sources)
+    assert all(torch.equal(many.rows(name), alone.rows(name)) for name in alone.tensors)
 
 
 def test_a_process_that_dies_ends_the_run_without_a_profile(two_abilities, tmp_path):

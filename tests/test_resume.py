@@ -61,6 +61,23 @@ def test_killed_and_interrupted_runs_give_the_same_bytes(two_abilities, tmp_path
         assert (ended / f"{name}.safetensors").read_bytes() == (whole / f"{name}.safetensors").read_bytes()
 
 
+def test_killed_attributions_with_inputs_give_the_same_bytes(two_abilities, tmp_path):
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
+    options = ("--criterion", "attribution", "--inputs")
+    settings = {"criterion": "attribution", "inputs": True, "dtype": "float32", "batch_tokens": 30, "quiet": True}
+    write_profiles(load_abilities(two_abilities), whole, ProfilingSettings(**settings))
+    code, _, first = end_run(two_abilities, ended, signal.SIGKILL, *options)
+    assert code == -signal.SIGKILL
+    code, _, second = end_run(two_abilities, ended, signal.SIGINT, "--memory-budget", "1.8MB", *options)  # streamed
+    assert code == 130
+    assert 0 < first < second
+    done = CliRunner().invoke(main, ["profile", str(two_abilities), str(ended), *SETTINGS, *options])
+    assert done.exit_code == 0, done.output
+    for name in ("one", "two", "inputs"):
+        assert (ended / f"{name}.safetensors").read_bytes() == (whole / f"{name}.safetensors").read_bytes()
+    assert not list(ended.glob("*.state"))
+
+
 def stop_after(monkeypatch, count: int, error: BaseException) -> None:
     """The run ends with an error in its micro-batch number ``count``."""
     from mergekit_act.streaming.segments import SegmentedModel

@@ -189,9 +189,10 @@ def mask(
     check_free([out], overwrite=overwrite)  # before profiles are read
     made = mask_of_files(profiles, density, exclude=exclude, retain=retained.load())
     selected = {module: int(chosen.sum()) for module, chosen in made.channels.items()}
-    warning = head_warning(
-        made.layout, "the mask", selected, "Without them: " + repeat_command("--exclude {head} --overwrite")
-    )
+    remedy = "Without them: " + repeat_command("--exclude {head} --overwrite")
+    if any(source["criterion"] == "activation" for source in made.sources):
+        remedy = f"profile --center-logits takes off what all logits of a token have in common. {remedy}"
+    warning = head_warning(made.layout, "the mask", selected, remedy)
     if warning:
         echo(f"warning: {warning}", err=True)
     save_mask(made, out, overwrite=overwrite)

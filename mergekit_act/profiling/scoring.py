@@ -71,9 +71,12 @@ def measure_pair(
             raise ValueError(f'ability "{ability.name}" has no answer tokens')
         for checkpoint in (pair.target, pair.ability_model):
             check_samples_fit(checkpoint, ability)
+    engine = ENGINES[settings.criterion]
+    for ability in abilities:
+        if engine.scores_loss and not any(sample.is_answer[1:].any() for sample in ability.samples):
+            raise ValueError(f'ability "{ability.name}" has no answer token behind another token, and so no loss')
     every = [(n, batch) for n, a in enumerate(abilities) for batch in cut_batches(a.samples, settings.batch_tokens)]
     batches = every[processes.rank :: processes.count]
-    engine = ENGINES[settings.criterion]
     scratch: Tensor | None = None
     every_sums: list[ChannelSums] = []
     for _ in abilities:
