@@ -45,6 +45,7 @@ def child(settings: dict) -> None:
             dtype=settings["dtype"],
             batch_tokens=settings["batch_tokens"],
             memory_budget=settings["budget"],
+            criterion=settings.get("criterion", "activation"),
             quiet=True,
         ),
     )
@@ -102,14 +103,15 @@ def main() -> None:
     @click.option("--budget", multiple=True, default=["1.5GB"], show_default=True)
     @click.option("--device", default="cpu", show_default=True)
     @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]))
+    @click.option("--criterion", default="activation", show_default=True)
     @click.option("--samples", default=32, show_default=True)
     @click.option("--tokens", default=256, show_default=True)
     @click.option("--batch-tokens", default=4096, show_default=True)
     @click.option("--rounds", default=3, show_default=True)
-    def run(model, folder, budget, device, dtype, samples, tokens, batch_tokens, rounds) -> None:
+    def run(model, folder, budget, device, dtype, criterion, samples, tokens, batch_tokens, rounds) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             common = {
-                "folders": pair_in(Path(folder or temporary), model), "device": device, "dtype": dtype,
+                "folders": pair_in(Path(folder or temporary), model), "device": device, "dtype": dtype, "criterion": criterion,
                 "samples": samples, "tokens": tokens, "batch_tokens": batch_tokens,
             }  # fmt: skip
             modes = {"resident": 10**15} | {f"budget {text}": parse_bytes(text) for text in budget}
@@ -125,7 +127,7 @@ def main() -> None:
             peaks = peaks_of(each)
             rows.append([name, f"{seconds:.1f}", f"{seconds / resident:.2f}", *peaks])
         print(
-            f"{model}, {results['resident'][0]['dtype']} from bfloat16 files, {device}, {samples} samples of {tokens} "
+            f"{model}, {criterion}, {results['resident'][0]['dtype']} from bfloat16 files, {device}, {samples} samples of {tokens} "
             f"tokens, half answer, micro-batches of {batch_tokens} tokens, {rounds} alternating rounds; GB"
         )
         print(table(["", "seconds", "to resident", "RssAnon", "RssFile", "their sum", "device"], rows))
