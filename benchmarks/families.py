@@ -4,7 +4,7 @@
 
 For each: profile by samples, mask, check, merge with mergekit, then the output loaded by Transformers. It has to equal
 the formula parameter by parameter (computed here with boolean masks over whole tensors), lack nothing that the target
-has, and generate a text.
+has, and generate a text. Attributions have to equal gradients of a whole model's weights to 1e-4 of a module's largest.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from mergekit.scripts.run_yaml import main as mergekit_yaml
-from oracle import plain_merge
+from oracle import plain_attribution, plain_merge
+from samples import as_ability, random_samples
 from tiny import SIZES, make_tokenizer
 
 from mergekit_act.artifacts import load_mask
 from mergekit_act.channels import kind_pattern
 from mergekit_act.cli import main as mergekit_act
+from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair
 
 HEADS = {"head_dim": 8}
 FOUR = SIZES | {"num_hidden_layers": 4}
@@ -216,6 +218,22 @@ def profile(family: str, folder: Path) -> str:
     return f"yes, with {given}" if given else "yes"
 
 
+def attribute(family: str, folder: Path, model_class: Any) -> str:
+    """Attributions against gradients of a whole model's weights."""
+    pair = open_pair(str(folder / "target"), str(folder / "ability"), exclude=EXCLUDED.get(family, ()))
+    samples = [([token % 60 + 3 for token in ids], answers) for ids, answers in random_samples()]
+    settings = ProfilingSettings(criterion="attribution", device="cpu", dtype="float32", quiet=True)
+    (made,) = profile_pair(pair, [as_ability(samples)], settings)
+    expected, _ = plain_attribution(
+        folder / "target", folder / "ability", samples, pair.layout, model_class=model_class
+    )
+    for module, values in expected.items():
+        worst = float((made.scores[module] - values).abs().max() / values.abs().max())
+        if worst > 1e-4:
+            raise RefusalError(f"WRONG: {module} by {worst:.1e}")
+    return "yes"
+
+
 def merge(family: str, folder: Path, model_class: Any) -> str:
     """Merge by a mask of the profile, and compare."""
     source, mask = folder / "profiles/sums.safetensors", folder / "mask.safetensors"
@@ -268,15 +286,16 @@ def silence() -> Iterator[None]:
 @click.argument("families", nargs=-1)
 def main(families: tuple[str, ...]) -> None:
     transformers.logging.set_verbosity_error()
-    click.echo("| family | profile | merge | the merged model generates |\n|---|---|---|---|")
+    click.echo("| family | profile | attribution | merge | the merged model generates |\n|---|---|---|---|---|")
     for family in families or FAMILIES:
         with tempfile.TemporaryDirectory() as name, silence():
             folder = Path(name)
             model_class = make_pair(family, folder)
             profiled = tried(lambda: profile(family, folder))  # noqa: B023
+            attributed = tried(lambda: attribute(family, folder, model_class))  # noqa: B023
             merged = tried(lambda: merge(family, folder, model_class))  # noqa: B023
             made = tried(lambda: generate(folder, model_class)) if merged.startswith("yes") else ""  # noqa: B023
-        row = " | ".join((family, profiled, merged, made)).replace(name, "")
+        row = " | ".join((family, profiled, attributed, merged, made)).replace(name, "")
         click.echo(f"| {row} |")
 
 

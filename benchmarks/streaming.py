@@ -111,8 +111,8 @@ def main() -> None:
     def run(model, folder, budget, device, dtype, criterion, samples, tokens, batch_tokens, rounds) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             common = {
-                "folders": pair_in(Path(folder or temporary), model), "device": device, "dtype": dtype, "criterion": criterion,
-                "samples": samples, "tokens": tokens, "batch_tokens": batch_tokens,
+                "folders": pair_in(Path(folder or temporary), model), "device": device, "dtype": dtype,
+                "criterion": criterion, "samples": samples, "tokens": tokens, "batch_tokens": batch_tokens,
             }  # fmt: skip
             modes = {"resident": 10**15} | {f"budget {text}": parse_bytes(text) for text in budget}
             results: dict[str, list[dict]] = {name: [] for name in modes}
@@ -127,8 +127,8 @@ def main() -> None:
             peaks = peaks_of(each)
             rows.append([name, f"{seconds:.1f}", f"{seconds / resident:.2f}", *peaks])
         print(
-            f"{model}, {criterion}, {results['resident'][0]['dtype']} from bfloat16 files, {device}, {samples} samples of {tokens} "
-            f"tokens, half answer, micro-batches of {batch_tokens} tokens, {rounds} alternating rounds; GB"
+            f"{model}, {criterion}, {results['resident'][0]['dtype']} from bfloat16 files, {device}, {samples} samples "
+            f"of {tokens} tokens, half answer, micro-batches of {batch_tokens} tokens, {rounds} alternating rounds; GB"
         )
         print(table(["", "seconds", "to resident", "RssAnon", "RssFile", "their sum", "device"], rows))
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -111,16 +112,18 @@ def plain_experts(
 
 
 def plain_attribution(
-    target: Path, ability: Path, samples: Sequence[tuple[list[int], list[bool]]], layout: Layout, point: float = 0.0
+    target: Path,
+    ability: Path,
+    samples: Sequence[tuple[list[int], list[bool]]],
+    layout: Layout,
+    point: float = 0.0,
+    model_class: Any = transformers.AutoModelForCausalLM,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Attribution and damage by gradients of the weights: a whole model, untied, one sample at a time.
 
     Moving the weights that a channel owns by Δ changes the loss to first order by the product of Δ and their gradient.
     """
-    model, other = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        for folder in (target, ability)
-    )
+    model, other = (model_class.from_pretrained(folder, dtype=torch.float32).eval() for folder in (target, ability))
     theirs = {name: parameter.detach() for name, parameter in other.named_parameters(remove_duplicate=False)}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner, _, attribute = name.rpartition(".")
