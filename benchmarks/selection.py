@@ -255,7 +255,7 @@ def main(folder: Path, abilities: str, kept_by: str, exclude, only, fit_keep, fi
                 save_mask(make_mask(chosen, density, **options), mask_file, overwrite=True)
                 own = {"weight": 1.0, "mask": str(mask_file)}
                 if fit:
-                    own |= {"fit": str(out / "attribution" / "inputs.safetensors")}
+                    own |= {"fit": str(out / "attribution" / "fit" / "inputs.safetensors")}
                     own |= {} if fit_keep is None else {"fit_keep": fit_keep}
                     own |= {} if fit_ridge is None else {"fit_ridge": fit_ridge}
                 models = [{"model": file.ability_model, "parameters": own}]

@@ -24,6 +24,7 @@ from mergekit_act.validation import (
     FORMAT_VERSIONS,
     KINDS,
     checksum,
+    inputs_problems,
     mask_problems,
     metadata_problems,
     parse_metadata,
@@ -50,6 +51,7 @@ __all__ = [
 
 _KEY = "mergekit_act"
 _DAMAGE = "damage."  # stands before a module's name
+_OTHER_TENSORS = "its tensors are not those that were written, their checksum is another"
 
 
 class ArtifactError(ValueError):
@@ -194,8 +196,10 @@ def save_inputs(inputs: Inputs, path: str | Path, *, overwrite: bool = False) ->
     """Write a sample of inputs. Equal content gives equal bytes.
 
     Raises:
+        ArtifactError: a module's inputs are missing or of another width.
         FileExistsError: the file exists and ``overwrite`` is false.
     """
+    _check(inputs_problems(inputs.tensors, inputs.layout, inputs.sources, inputs.roles), path)
     _save("inputs", inputs, inputs.tensors, path, overwrite)
 
 
@@ -204,15 +208,19 @@ def load_inputs(path: str | Path) -> Inputs:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ArtifactError: it is no file of inputs of this format version.
+        ArtifactError: it is no complete, valid file of inputs of this format version.
     """
     metadata, tensors = _read(Path(path), copied=False)
     if metadata["kind"] != "inputs":
         raise ArtifactError(
             f"{escape(path)} is a {metadata['kind']}; expected inputs, as mergekit-act profile --inputs writes them."
         )
-    known = {name: metadata[name] for name in _PROVENANCE["inputs"]}
-    return Inputs(tensors=tensors, layout=_layout_from(metadata), **known)
+    inputs = Inputs(tensors, _layout_from(metadata), **{name: metadata[name] for name in _PROVENANCE["inputs"]})
+    problems = inputs_problems(tensors, inputs.layout, inputs.sources, inputs.roles)
+    if metadata["format_version"] > 1 and metadata["checksum"] != checksum(tensors):
+        problems.append(_OTHER_TENSORS)
+    _check(problems, path)
+    return inputs
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -264,7 +272,7 @@ def load_artifact(path: str | Path) -> Profile | Mask:
         problems = profile_problems(ordered, profile.damage, layout, profile.criterion, profile.shared_rows)
         problems += [f'"{name}" is of no module' for name in damage if name.removeprefix(_DAMAGE) not in order]
     if metadata["format_version"] > 1 and metadata["checksum"] != checksum(tensors):
-        problems.append("its tensors are not those that were written, their checksum is another")
+        problems.append(_OTHER_TENSORS)
     _check(problems, path)
     return mask if kind == "mask" else profile
 

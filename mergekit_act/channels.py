@@ -217,6 +217,7 @@ def is_router(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
+    """Whether the module multiplies each channel by a weight of its own."""
     weight = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() and isinstance(weight, nn.Parameter) and weight.ndim == 1
 

@@ -20,6 +20,7 @@ __all__ = [
     "FORMAT_VERSIONS",
     "KINDS",
     "checksum",
+    "inputs_problems",
     "layout_problems",
     "mask_problems",
     "metadata_problems",
@@ -293,6 +294,33 @@ def profile_problems(
             found.append(f'shared_rows name "{module}", which is none of its modules')
         elif not 0 <= rows <= len(scores[module]):
             found.append(f'shared_rows of "{module}" are {rows}; it has {len(scores[module])} channels')
+    return found
+
+
+def inputs_problems(
+    tensors: Mapping[str, Tensor], layout: Layout, sources: Mapping[str, str], roles: Mapping[str, Any]
+) -> list[str]:
+    """How the tensors of a file of inputs contradict what it says of them."""
+    unknown = [module for module in sources if module not in layout.parameters]
+    found = [f'module "{module}" is not in its list of modules' for module in unknown]
+    for module, source in sources.items() if not found else ():
+        name, axis = layout.parameters[module][0]
+        shape = list((layout.shapes or {}).get(name, ()))
+        channels = shape.pop(axis) if axis < len(shape) else 0
+        width = shape[-1] if shape else channels
+        for role in roles:
+            tensor, scale = (tensors.get(f"{role}.{source}{suffix}") for suffix in ("", ".scale"))
+            what = f'module "{module}" has inputs to {role}'
+            if tensor is None:
+                found.append(f'module "{module}" has no inputs to {role}')
+            elif tensor.shape[-1:] != (width,):
+                found.append(f"{what} of {list(tensor.shape)}, expected a width of {width}")
+            elif tensor.ndim == 2 and (scale is None or scale.shape != tensor.shape[:1]):
+                found.append(f"{what} without a scale for each")
+            elif len(shape) == 2 and f"{role}.{source}.expert" not in tensors:
+                found.append(f"{what} of unknown experts")
+            elif not (tensor if scale is None else scale).isfinite().all():
+                found.append(f"{what} that are NaN or infinite")
     return found
 
 

@@ -70,7 +70,7 @@ def make_example_folder(name: str, folder: Path) -> list[Path]:
         abilities = [as_ability(random_samples(i), role) for i, role in enumerate(("recover", "keep"))]
         settings = ProfilingSettings(device="cpu", dtype="float32")
         inputs = measure_pair(pair, abilities, settings, roles={role: role for role in ("recover", "keep")})[1]
-        save_inputs(inputs, folder / "profiles/inputs.safetensors")
+        save_inputs(inputs, folder / "profiles/fit/inputs.safetensors")
     return models
 
 

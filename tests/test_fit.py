@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -39,10 +40,10 @@ def parameters_of(folder) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def plain_fit(change: torch.Tensor, recovered: torch.Tensor, kept: torch.Tensor, keep: float, ridge: float):
-    """δ = ΔW G_rec (G_rec + μ G_keep + λ)⁻¹ for rows ``[rows, width]``."""
+def plain_fit(change, recovered, kept, keep: float, ridge: float, tokens: tuple[int, int]):
+    """δ = ΔW G_rec (G_rec + μ G_keep + λ)⁻¹ for rows ``[rows, width]``; inputs of an expert are 0 for other tokens."""
     recovered, kept = recovered.double(), kept.double()
-    first, second = (x.T @ x / max(1, len(x)) for x in (recovered, kept))
+    first, second = (x.T @ x / count for x, count in zip((recovered, kept), tokens, strict=True))
     damping = ridge * first.diagonal().mean() * torch.eye(len(first), dtype=torch.float64)
     return change.double() @ first @ torch.linalg.inv(first + keep * second + damping)
 
@@ -54,6 +55,7 @@ def expected_change(
     axis = dict(layout.parameters[module])[name]
     source = inputs.sources[module]
     recovered, kept = (inputs.rows(f"{role}.{source}").double() for role in ("recover", "keep"))
+    tokens = tuple(inputs.roles[role]["rows"] for role in ("recover", "keep"))
     if name.endswith("bias"):
         return change.double() / (1 + keep + ridge)
     if recovered.ndim == 1:
@@ -64,14 +66,14 @@ def expected_change(
         rows = change.movedim(axis, 1)
         fitted = torch.stack(
             [
-                plain_fit(rows[e], recovered[which[0] == e], kept[which[1] == e], keep, ridge)
+                plain_fit(rows[e], recovered[which[0] == e], kept[which[1] == e], keep, ridge, tokens)
                 if (which[0] == e).any()
                 else torch.zeros_like(rows[e]).double()
                 for e in range(len(rows))
             ]
         )
         return fitted.movedim(1, axis)
-    return plain_fit(change.movedim(axis, 0), recovered, kept, keep, ridge).movedim(0, axis)
+    return plain_fit(change.movedim(axis, 0), recovered, kept, keep, ridge, tokens).movedim(0, axis)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "gemma2", "qwen3_moe", "gpt_oss"])
@@ -185,7 +187,7 @@ def test_from_profile_to_fitted_merge_and_sweep(profiled, tmp_path):
     assert "expected at weight 1, channel by channel: the loss of gained falls by" in said
     assert "of kept rises by" in said
     run("report", "mask.safetensors")
-    settings = {"weight": 1.0, "mask": "mask.safetensors", "fit": "profiles/inputs.safetensors"}
+    settings = {"weight": 1.0, "mask": "mask.safetensors", "fit": "profiles/fit/inputs.safetensors"}
     fitted = merged(act_config(target, (ability, settings), dtype="float32"), tmp_path / "fitted")
     plain = merged(
         act_config(target, (ability, {k: v for k, v in settings.items() if k != "fit"}), dtype="float32"),
@@ -193,8 +195,9 @@ def test_from_profile_to_fitted_merge_and_sweep(profiled, tmp_path):
     )
     assert not all(torch.equal(fitted[name], plain[name]) for name in plain)
     said = check(act_config(target, (ability, settings), dtype="float32"), tmp_path).output
-    assert "tensors of" in said
-    assert "are fitted, with" in said
+    assert re.search(
+        r"note: the selected rows of \d+ tensors of .* are fitted, with \d+ inputs to \w+ and \d+ inputs", said
+    )
     ties = merged(
         act_config(target, (ability, settings | {"density": 1.0}), merge_method="act_ties"), tmp_path / "ties"
     )
@@ -203,13 +206,13 @@ def test_from_profile_to_fitted_merge_and_sweep(profiled, tmp_path):
     run("profile", "abilities.yml", "local", "--criterion", "local", "--dtype", "float32")
     own = {"weight": 1.0, "mask": "profiles/gained.safetensors, local/gained.safetensors", "mask_density": 0.1}
     (tmp_path / "act.yml").write_text(yaml.safe_dump(act_config(target, (ability, own), dtype="float32")))
-    axes = ("--criterion", "local", "--criterion", "attribution", "--fit", "profiles/inputs.safetensors")
+    axes = ("--criterion", "local", "--criterion", "attribution", "--fit", "profiles/fit/inputs.safetensors")
     grid = ("--density", "0.2", "--density", "0.5", "--weight", "0.7", "--keep-within", "1")
     said = run("sweep", "act.yml", "abilities.yml", "swept", *axes, *grid, "--device", "cpu")
     rows = list(csv.DictReader((tmp_path / "swept/sweep.csv").open()))
     assert len(rows) == 1 + 2 * 2 * 2
-    assert {(row["criterion"], row["fit"]) for row in rows[1:]} == {
-        (criterion, fit) for criterion in ("local", "attribution") for fit in ("", "profiles/inputs.safetensors")
+    assert {(row["criterion"], row["fit"].partition("#")[0]) for row in rows[1:]} == {
+        (criterion, fit) for criterion in ("local", "attribution") for fit in ("", "profiles/fit/inputs.safetensors")
     }
     best = yaml.safe_load((tmp_path / "swept/best.yml").read_text())
     merged(best, tmp_path / "best")
@@ -232,7 +235,7 @@ def test_from_profile_to_fitted_merge_and_sweep(profiled, tmp_path):
     row = next(
         r
         for r in rows
-        if (r["density"], r["fit"]) == (str(own["mask_density"]), own.get("fit", ""))
+        if (r["density"], r["fit"].partition("#")[0]) == (str(own["mask_density"]), own.get("fit", ""))
         and r["criterion"] in own["mask"].replace("profiles/", "attribution/")
     )
     assert nll["gained"] == pytest.approx(float(row["nll:gained"]), rel=1e-5)
@@ -241,16 +244,16 @@ def test_from_profile_to_fitted_merge_and_sweep(profiled, tmp_path):
 def test_what_is_wrong_with_a_fit_is_told_before_the_first_tensor(profiled, pair_of, tmp_path):
     target, ability = profiled()
     random_mask(target, ability, tmp_path / "m.safetensors")
-    own = {"weight": 1.0, "mask": "m.safetensors", "fit": "profiles/inputs.safetensors"}
+    own = {"weight": 1.0, "mask": "m.safetensors", "fit": "profiles/fit/inputs.safetensors"}
 
     def said(**changes) -> str:
         return refusal(act_config(target, (ability, own | changes)), tmp_path / "out")
 
-    assert 'mask "nowhere.safetensors" does not exist' in said(fit="nowhere.safetensors")
+    assert 'fit "nowhere.safetensors" does not exist' in said(fit="nowhere.safetensors")
     assert "is a mask; expected inputs" in said(fit="m.safetensors")
     assert "greater than 0" in said(fit_ridge=0)
     assert "greater than or equal to 0" in said(fit_keep=-1)
-    inputs = load_inputs(tmp_path / "profiles/inputs.safetensors")
+    inputs = load_inputs(tmp_path / "profiles/fit/inputs.safetensors")
     for name, changed, what in (
         ("keep", replace(inputs, roles={"recover": inputs.roles["recover"]}), "or set fit_keep: 0"),
         (
@@ -274,6 +277,59 @@ def test_what_is_wrong_with_a_fit_is_told_before_the_first_tensor(profiled, pair
     assert "a fit needs one of them excluded" in refusal(config, tmp_path / "out")
 
 
+def test_scores_of_a_sweep_are_of_what_the_file_of_inputs_holds(profiled, tmp_path):
+    target, ability = profiled()
+    own = {"weight": 1.0, "mask": "profiles/gained.safetensors", "mask_density": 0.1}
+    (tmp_path / "act.yml").write_text(yaml.safe_dump(act_config(target, (ability, own), dtype="float32")))
+    command = ["sweep", "act.yml", "abilities.yml", "swept", "--density", "0.5", "--weight", "1", "--no-generate"]
+    fit = tmp_path / "profiles/fit/inputs.safetensors"
+    run(*command, "--fit", str(fit), "--device", "cpu")
+    inputs = load_inputs(fit)
+    changed = {n: t * 2 if n.endswith("down_proj.scale") else t for n, t in inputs.tensors.items()}
+    changed |= {n: t * 3 for n, t in inputs.tensors.items() if n.startswith("keep") and n.endswith(".scale")}
+    save_inputs(replace(inputs, tensors=changed), fit, overwrite=True)
+    run(*command, "--fit", str(fit), "--device", "cpu")
+    rows = list(csv.DictReader((tmp_path / "swept/sweep.csv").open()))
+    assert len(rows) == 4  # the target, one without a fit, one for each state of the file
+    assert len({row["nll:gained"] for row in rows}) == 4
+    (tmp_path / "own.yml").write_text(yaml.safe_dump(act_config(target, (ability, own | {"fit": str(fit)}))))
+    said = run("sweep", "own.yml", "abilities.yml", "other", "--fit", str(fit), code=1)
+    assert 'own.yml sets "fit" itself; leave it out, --fit sets it' in said
+    fit.write_bytes(fit.read_bytes()[:-1] + b"\x7b")
+    assert "their checksum is another" in run(*command, "--fit", str(fit), code=1)
+
+
+def test_a_templates_tokens_are_taken_once_with_their_weight(pair_of):
+    """Twenty tokens that three samples begin with: each stands for three; the means are those over all inputs."""
+    target, ability = pair_of("llama")
+    generator = torch.Generator().manual_seed(3)
+    common = torch.randint(3, 128, (20,), generator=generator).tolist()
+    own = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (5, 9, 7)]
+    own[0][0], own[1][0] = 4, 5
+    samples = [([*common, *tokens], [False] * 20 + [True] * len(tokens)) for tokens in own]
+    pair = open_pair(str(target), str(ability))
+    settings = ProfilingSettings(**SETTINGS)
+    inputs = measure_pair(pair, [as_ability(samples, "one")], settings, roles={"one": "recover"})[1]
+    assert inputs.roles["recover"] == {"abilities": ["one"], "samples": 3, "tokens": 41, "rows": 41}
+    model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    seen: dict[str, list[torch.Tensor]] = {"up": [], "norm": []}
+    layer = model.model.layers[1]
+    layer.mlp.up_proj.register_forward_hook(lambda _, given, out: seen["up"].append(given[0][0].double()))
+    layer.input_layernorm.register_forward_hook(lambda m, _, out: seen["norm"].append((out / m.weight)[0].double()))
+    with torch.no_grad():
+        for ids, _ in samples:
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+    every, normed = (torch.cat(seen[name]) for name in ("up", "norm"))
+    rows = inputs.rows(f"recover.{inputs.sources['model.layers.1.mlp.up_proj']}").double()
+    expected = every.T @ every / len(every)
+    near = 0.02 * expected.diagonal().mean().item()
+    torch.testing.assert_close(rows.T @ rows / len(rows), expected, rtol=0.1, atol=near)
+    squares = inputs.tensors["recover.model.layers.1.input_layernorm"].double()
+    torch.testing.assert_close(squares, normed.square().mean(0), rtol=1e-4, atol=1e-6)
+    shares = torch.bincount(torch.cat([torch.tensor(ids) for ids, _ in samples]), minlength=128) / 81
+    torch.testing.assert_close(inputs.tensors["recover.model.embed_tokens"], shares)
+
+
 def test_profiles_and_inputs_of_other_settings_are_refused(profiled, tmp_path):
     profiled()
     said = run("profile", "abilities.yml", "profiles", "--criterion", "attribution", "--inputs", code=1)
@@ -281,4 +337,4 @@ def test_profiles_and_inputs_of_other_settings_are_refused(profiled, tmp_path):
     for wrong in (("--criterion", "weight"), ("--criterion", "attribution", "--points", "2")):
         said = run("profile", "abilities.yml", "other", "--inputs", *wrong, code=1)
         assert "inputs are the target's on samples" in said
-    assert "expected a profile or a mask" in run("report", "profiles/inputs.safetensors", code=1)
+    assert "expected a profile or a mask" in run("report", "profiles/fit/inputs.safetensors", code=1)

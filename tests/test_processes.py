@@ -58,7 +58,7 @@ def test_processes_share_attribution_and_inputs(two_abilities, tmp_path):
     for ours, theirs in ((many.scores, alone.scores), (many.damage, alone.damage)):
         for module, values in theirs.items():
             torch.testing.assert_close(ours[module], values, rtol=1e-4, atol=1e-6 * float(values.abs().max()))
-    many, alone = (load_inputs(tmp_path / folder / "inputs.safetensors") for folder in ("many", "alone"))
+    many, alone = (load_inputs(tmp_path / folder / "fit/inputs.safetensors") for folder in ("many", "alone"))
     assert (many.roles, many.sources) == (alone.roles, alone.sources)
     assert all(torch.equal(many.rows(name), alone.rows(name)) for name in alone.tensors)
 

@@ -73,7 +73,7 @@ def test_killed_attributions_with_inputs_give_the_same_bytes(two_abilities, tmp_
     assert 0 < first < second
     done = CliRunner().invoke(main, ["profile", str(two_abilities), str(ended), *SETTINGS, *options])
     assert done.exit_code == 0, done.output
-    for name in ("one", "two", "inputs"):
+    for name in ("one", "two", "fit/inputs"):
         assert (ended / f"{name}.safetensors").read_bytes() == (whole / f"{name}.safetensors").read_bytes()
     assert not list(ended.glob("*.state"))
 

@@ -13,7 +13,7 @@ from mergekit_act.checking.summary import UsedMask
 from mergekit_act.files import file_hash
 from mergekit_act.merging import find_mask_files
 
-__all__ = ["MaskFile", "find_masks", "map_masks"]
+__all__ = ["MaskFile", "find_fits", "find_masks", "map_setting"]
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,28 @@ def find_masks(used: Iterable[UsedMask]) -> list[MaskFile]:
     return list(found.values())
 
 
-def map_masks(config: Any, change: Callable[[str], str]) -> Any:
-    """A merge config with every string under a ``mask`` parameter changed, in gradients and filters too."""
+def find_fits(config: Any) -> dict[str, Path]:
+    """The ``fit`` settings of a merge config -> the files of inputs they name."""
+    found: dict[str, Path] = {}
+
+    def note(setting: str) -> str:
+        found[setting] = find_mask_files(setting, "fit")[0]
+        return setting
+
+    map_setting(config, "fit", note)
+    return found
+
+
+def map_setting(config: Any, name: str, change: Callable[[str], str]) -> Any:
+    """A merge config with every string under a parameter changed, in gradients and filters too."""
     if isinstance(config, list):
-        return [map_masks(item, change) for item in config]
+        return [map_setting(item, name, change) for item in config]
     if not isinstance(config, dict):
         return config
-    found = {key: map_masks(value, change) for key, value in config.items()}
+    found = {key: map_setting(value, name, change) for key, value in config.items()}
     parameters = found.get("parameters")
-    if isinstance(parameters, dict) and "mask" in parameters:
-        found["parameters"] = parameters | {"mask": _map_values(parameters["mask"], change)}
+    if isinstance(parameters, dict) and name in parameters:
+        found["parameters"] = parameters | {name: _map_values(parameters[name], change)}
     return found
 
 

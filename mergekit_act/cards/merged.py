@@ -26,11 +26,11 @@ from mergekit_act.cards.markdown import (
     replace_block,
     write_readme,
 )
-from mergekit_act.cards.masks import MaskFile, find_masks, map_masks
+from mergekit_act.cards.masks import MaskFile, find_fits, find_masks, map_setting
 from mergekit_act.cards.results import read_results
 from mergekit_act.cards.transfer import describe_transfer
 from mergekit_act.checking.summary import CheckSummary, check_config
-from mergekit_act.files import write_atomically
+from mergekit_act.files import file_hash, write_atomically
 from mergekit_act.merging import is_ours
 from mergekit_act.yaml_files import read_yaml
 
@@ -76,7 +76,8 @@ def write_merge_card(
     masks = find_masks(summary.masks)
     instructions = Instructions(masks, summary.target, summary.ability_models)
     results = None if evaluation is None else read_results(evaluation, merged, evaluated_as)
-    files = _files(config, masks, instructions) | dict(draw(summary))
+    fits = {setting: (path, f"fit/{file_hash(path)[:8]}-{path.name}") for setting, path in find_fits(config).items()}
+    files = _files(config, masks, fits, instructions) | dict(draw(summary))
     changed = [name for name, content in files.items() if not _is(merged / name, content)]
     taken = [str(merged / name) for name in changed if (merged / name).exists()]
     if taken and not overwrite:
@@ -85,7 +86,7 @@ def write_merge_card(
     readme = read_readme(path) or _new_readme(merged, config)
     picture = _PICTURE if _PICTURE in files or (merged / _PICTURE).is_file() else None
     before = block_of(readme.text, "transfer") or ""
-    transfer = describe_transfer(summary, masks, instructions, options, picture=picture, before=before)
+    transfer = describe_transfer(summary, masks, instructions, options, fits, picture=picture, before=before)
     text = replace_block(readme.text, "transfer", transfer, before=_BEFORE)
     metadata = _extended(readme.metadata, [source for mask in masks for source in mask.sources])
     if results is not None:
@@ -99,14 +100,18 @@ def write_merge_card(
     return WrittenCard((path, *(merged / name for name in files)), tuple(remarks))
 
 
-def _files(config: Any, masks: Sequence[MaskFile], instructions: Instructions) -> dict[str, bytes]:
-    """What goes into the folder beside the card: masks, the config with them, the data they were made of."""
+def _files(
+    config: Any, masks: Sequence[MaskFile], fits: Mapping[str, tuple[Path, str]], instructions: Instructions
+) -> dict[str, bytes]:
+    """What goes into the folder beside the card: masks, inputs, the config with them, the data they were made of."""
     copies: dict[str, list[str]] = {}
     for mask in masks:
         copies.setdefault(mask.setting, []).append(mask.copy)
-    own = map_masks(config, lambda setting: ",".join(dict.fromkeys(copies.get(setting, [setting]))))
+    own = map_setting(config, "mask", lambda setting: ",".join(dict.fromkeys(copies.get(setting, [setting]))))
+    own = map_setting(own, "fit", lambda setting: fits[setting][1])
     texts = instructions.files | {"act.yml": yaml.safe_dump(own, sort_keys=False, allow_unicode=True)}
-    return {mask.copy: mask.path.read_bytes() for mask in masks} | {name: t.encode() for name, t in texts.items()}
+    used = {mask.copy: mask.path for mask in masks} | {copy: path for path, copy in fits.values()}
+    return {copy: path.read_bytes() for copy, path in used.items()} | {name: t.encode() for name, t in texts.items()}
 
 
 def _is(path: Path, content: bytes) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mergekit.options import MergeOptions
@@ -25,10 +25,14 @@ from mergekit_act.cards.markdown import (
 from mergekit_act.cards.masks import MaskFile
 from mergekit_act.checking.summary import CheckSummary
 from mergekit_act.checkpoints import model_name, parse_reference
+from mergekit_act.files import file_hash
 from mergekit_act.selection import describe_selection, predicted_effects
 from mergekit_act.wording import percent
 
 __all__ = ["describe_transfer"]
+
+
+Fits = Mapping[str, tuple[Path, str]]
 
 
 def describe_transfer(
@@ -36,6 +40,7 @@ def describe_transfer(
     masks: Sequence[MaskFile],
     instructions: Instructions,
     options: MergeOptions,
+    fits: Fits,
     *,
     picture: str | None,
     before: str,
@@ -47,6 +52,7 @@ def describe_transfer(
         masks: that it used.
         instructions: how they are made again.
         options: of the merge.
+        fits: a ``fit`` setting -> the file of inputs, and its path in the merge's folder.
         picture: of the composition, if there is one.
         before: what the card has said so far; the versions it names stay.
     """
@@ -60,7 +66,7 @@ def describe_transfer(
         for kind in summary.kinds
     ]
     parts.append(table(["tensors", "number", "parameters", "moved"], kinds))
-    return "\n\n".join([*parts, *_again(summary, masks, instructions, options, before)])
+    return "\n\n".join([*parts, *_again(summary, masks, instructions, options, fits, before)])
 
 
 def _moved(summary: CheckSummary, sources: Sequence[Source]) -> Iterator[str]:
@@ -101,11 +107,16 @@ def _abilities(sources: Sequence[Source]) -> str:
 
 
 def _again(
-    summary: CheckSummary, masks: Sequence[MaskFile], instructions: Instructions, options: MergeOptions, before: str
+    summary: CheckSummary,
+    masks: Sequence[MaskFile],
+    instructions: Instructions,
+    options: MergeOptions,
+    fits: Fits,
+    before: str,
 ) -> Iterator[str]:
     yield "### Make it again"
-    hashes = {mask.copy: mask.sha256 for mask in masks}
-    yield table(["mask", "SHA-256"], [[link_file(name), f"`{digest}`"] for name, digest in hashes.items()], left=2)
+    hashes = {mask.copy: mask.sha256 for mask in masks} | {copy: file_hash(path) for path, copy in fits.values()}
+    yield table(["file", "SHA-256"], [[link_file(name), f"`{digest}`"] for name, digest in hashes.items()], left=2)
     written = re.search(r"^pip install .*$", before, re.MULTILINE)
     install = written.group() if written else shell_line(["pip", "install", *requirements()])
     files = ", ".join(map(link_file, ("act.yml", *instructions.files)))
@@ -119,6 +130,11 @@ def _again(
     if made:
         yield "The masks, from data; or take the folder `masks` from here:"
         yield fence("sh", made)
+    if fits:
+        yield (
+            "The selected rows were fitted to inputs of the target's modules, which are in the folder `fit`; "
+            "`mergekit-act profile --inputs` makes such a file."
+        )
     yield "The merge:"
     yield fence("sh", shell_line(["mergekit-yaml", "act.yml", "./again", *_flags(options, *_OPTIONS)]))
 

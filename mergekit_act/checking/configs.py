@@ -68,6 +68,7 @@ def plain(config: Any) -> Any:
 def config_problems(config: Any, spec: Any) -> list[str]:
     """What is wrong with a config (as plain data) for a method of this spec, as far as it tells by itself."""
     problems = _unknown_parameters(config, spec) + _settings_of_the_target(config) + _missing_files(config)
+    problems += _settings_without_a_fit(config)
     for key in ("dtype", "out_dtype"):
         if (config.get(key) or "float32").removeprefix("torch.") not in _DTYPES:
             problems.append(
@@ -212,12 +213,20 @@ def _unknown_parameters(config: Any, spec: Any) -> list[str]:
     return problems
 
 
+def _settings_without_a_fit(config: Any) -> list[str]:
+    """How rows are fitted, where none are."""
+    given = {key for key, _ in _parameters(config)}
+    idle = sorted(given & {"fit_keep", "fit_ridge"}) if "fit" not in given else []
+    return [f'{key} has no effect without "fit", the file of inputs' for key in idle]
+
+
 def _missing_files(config: Any) -> list[str]:
     """Masks and inputs that a config names anywhere and that do not exist."""
     problems = []
-    for text in (text for key, value in _parameters(config) if key in ("mask", "fit") for text in _texts(value)):
+    named = [(key, text) for key, value in _parameters(config) if key in ("mask", "fit") for text in _texts(value)]
+    for key, text in named:
         try:
-            find_mask_files(text)
+            find_mask_files(text, key)
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
     return problems

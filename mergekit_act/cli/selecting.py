@@ -60,7 +60,7 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
 @click.option(
     "--inputs",
     is_flag=True,
-    help="Keep a sample of what the target's modules receive too, OUT_DIR/inputs.safetensors, for merges with fit.",
+    help="Keep a sample of what the target's modules receive too, OUT_DIR/fit/inputs.safetensors, for merges with fit.",
 )
 @click.option(
     "--center-logits/--no-center-logits",

@@ -52,7 +52,7 @@ def load_fit_file(setting: FitSetting) -> Inputs:
         ArtifactError: it is no file of inputs.
         ValueError: several files match, or the file lacks a role that the setting needs.
     """
-    path, *others = find_mask_files(setting.inputs)
+    path, *others = find_mask_files(setting.inputs, "fit")
     if others:
         raise ValueError(f'fit "{setting.inputs}" matches {1 + len(others)} files; name one file of inputs')
     inputs = _load(path, file_state(path))
@@ -109,7 +109,8 @@ class TensorFit:
             return changes / (1 + keep + ridge)
         if self.inputs.tensors[self._name("recover")].ndim == 1:
             recovered, kept = self._of("recover", changes), self._of("keep", changes)
-            factors = recovered / (recovered + keep * kept + ridge * recovered.mean())
+            damped = recovered + keep * kept + ridge * recovered.mean()
+            factors = recovered / damped.clamp(min=torch.finfo(damped.dtype).tiny)
             # An embedding's slices are columns, whose numbers belong to its rows; a norm's are single numbers.
             return changes * (factors if changes.ndim == 2 else factors[index[0].to(factors.device)])
         if self._name("recover", _EXPERT) not in self.inputs.tensors:
@@ -121,8 +122,8 @@ class TensorFit:
         return fitted
 
     def _apply(self, changes: Tensor, expert: int | None = None) -> Tensor:
-        names = [self._name(role) for role in ("recover", "keep")]
-        operator = _operator(self.inputs, *names, expert, self.setting.keep, self.setting.ridge)
+        source = self.inputs.sources[self.module]
+        operator = _operator(self.inputs, source, expert, self.setting.keep, self.setting.ridge)
         for factor in operator:
             changes = changes @ factor.to(changes)
         return changes
@@ -137,13 +138,16 @@ class TensorFit:
         return f"{role}.{self.inputs.sources[self.module]}{suffix}"
 
 
-def fitted_selection(selection: TensorSelection, names: Collection[str], setting: FitSetting) -> TensorSelection:
+def fitted_selection(
+    selection: TensorSelection, names: Collection[str], setting: FitSetting, axes: Collection[int] = ()
+) -> TensorSelection:
     """A selection of a tensor whose slices are fitted.
 
     Args:
         selection: what is selected of it.
         names: of the tensor.
         setting: how.
+        axes: along which any ability model's slices lie.
 
     Raises:
         ValueError: rows and columns of the tensor are selected, or the file has no inputs for it.
@@ -157,12 +161,12 @@ def fitted_selection(selection: TensorSelection, names: Collection[str], setting
         for name, axis in owned
         if name in names and axis in selection.slices
     ]
-    shown = next(iter(names), "")
+    shown = min(names, default="")
     if not owners or owners[0][0] not in inputs.sources:
         raise ValueError(
             f'{setting.inputs} has no inputs for "{shown}"; profile --inputs again, without --exclude for it'
         )
-    if len(selection.slices) > 1:
+    if len({*selection.slices, *axes}) > 1:
         raise ValueError(
             f"rows and columns of \"{shown}\" are selected, the head's and the embedding's; a fit needs one of them "
             f"excluded, as by mergekit-act mask --exclude {owners[0][0]}"
@@ -173,26 +177,22 @@ def fitted_selection(selection: TensorSelection, names: Collection[str], setting
 
 
 @lru_cache(maxsize=8)  # modules that share their input come one behind the other
-def _operator(
-    inputs: Inputs, recover: str, keep: str, expert: int | None, weight: float, ridge: float
-) -> tuple[Tensor, ...]:
+def _operator(inputs: Inputs, source: str, expert: int | None, weight: float, ridge: float) -> tuple[Tensor, ...]:
     """Matrices float32 that rows of changes ``[rows, width]`` are multiplied with, one after the other.
 
     Args:
         inputs: of the target's modules.
-        recover: the name of those to recover, ``[samples, width]``.
-        keep: likewise.
+        source: of the module's.
         expert: whose rows of these are taken; None takes all.
         weight: of those to keep.
         ridge: as ``FitSetting`` has it.
     """
-    first, second = (_rows_of(inputs, name, expert) for name in (recover, keep))
-    if not len(first):  # an expert that no input to recover reaches: nothing says how to change it
+    first, second = (_rows_of(inputs, role, source, expert) for role in ("recover", "keep"))
+    square = float(first.square().sum())
+    if not square:  # an expert that no input to recover reaches: nothing says how to change it
         return (torch.zeros(first.shape[1], first.shape[1]),)
-    first = first / len(first) ** 0.5
-    second = second * (weight / max(1, len(second))) ** 0.5
-    damping = ridge * float(first.square().sum()) / first.shape[1]
-    both = torch.cat([first, second])
+    damping = ridge * square / first.shape[1]
+    both = torch.cat([first, second * weight**0.5])
     if len(both) < both.shape[1]:
         gram = both @ both.T
         gram.diagonal().add_(damping)
@@ -202,10 +202,14 @@ def _operator(
     return (torch.linalg.solve(gram, first.T @ first).T.float(),)
 
 
-def _rows_of(inputs: Inputs, name: str, expert: int | None) -> Tensor:
-    """float64 ``[samples, width]``; none if there are no abilities of this role."""
+def _rows_of(inputs: Inputs, role: str, source: str, expert: int | None) -> Tensor:
+    """float64 ``[samples, width]``, whose products are means over the role's tokens; none without such abilities.
+
+    An expert's inputs are 0 for a token that is not routed to it.
+    """
+    name = f"{role}.{source}"
     if name not in inputs.tensors:
-        width = inputs.tensors[f"recover.{name.partition('.')[2]}"].shape[1]
-        return torch.zeros(0, width, dtype=torch.float64)
-    rows = inputs.rows(name).double()
-    return rows if expert is None else rows[inputs.tensors[name + _EXPERT] == expert]
+        return torch.zeros(0, inputs.tensors[f"recover.{source}"].shape[1], dtype=torch.float64)
+    taken = slice(None) if expert is None else (inputs.tensors[name + _EXPERT] == expert).nonzero().flatten()
+    rows: Tensor = inputs.tensors[name][taken].double() * inputs.tensors[f"{name}.scale"][taken, None]
+    return rows / inputs.roles[role]["rows"] ** 0.5

@@ -46,8 +46,12 @@ class MaskFiles:
         return [tied for name, _ in self.layout.parameters[module] for tied in self.layout.tied_names(name)]
 
 
-def find_mask_files(setting: str) -> tuple[Path, ...]:
+def find_mask_files(setting: str, key: str = "mask") -> tuple[Path, ...]:
     """The files that a ``mask`` setting names: paths, globs or ``hf://`` references, separated by commas.
+
+    Args:
+        setting: what it is set to.
+        key: the setting's name, for errors.
 
     Raises:
         ValueError: a Hub reference is malformed.
@@ -55,25 +59,25 @@ def find_mask_files(setting: str) -> tuple[Path, ...]:
     """
     parts = [piece.strip() for piece in setting.split(",") if piece.strip()]
     if not parts:
-        raise FileNotFoundError("mask is empty; name a mask or profile")
+        raise FileNotFoundError(f"{key} is empty; name a file")
     found: dict[Path, None] = {}
     for part in parts:
-        files = fetch_mask_files(part) if part.startswith(HUB) else _local_files(part)
+        files = fetch_mask_files(part) if part.startswith(HUB) else _local_files(part, key)
         if not files:
-            raise FileNotFoundError(f'mask "{part}" matches no file')
+            raise FileNotFoundError(f'{key} "{part}" matches no file')
         found.update(dict.fromkeys(files))
     return tuple(found)
 
 
-def _local_files(part: str) -> list[Path]:
+def _local_files(part: str, key: str) -> list[Path]:
     is_glob = glob.has_magic(part) and not Path(part).exists()
     matches = sorted(glob.glob(part, recursive=True)) if is_glob else [part]
     files = [Path(match) for match in matches if Path(match).is_file()]
     if not files and Path(part).is_dir():
-        raise FileNotFoundError(f'mask "{part}" is a folder; write "{part}/*.safetensors" for all in it')
+        raise FileNotFoundError(f'{key} "{part}" is a folder; write "{part}/*.safetensors" for all in it')
     if not files:
         what = "matches no file" if is_glob else "does not exist"
-        raise FileNotFoundError(f'mask "{part}" {what} (relative to {Path.cwd()})')
+        raise FileNotFoundError(f'{key} "{part}" {what} (relative to {Path.cwd()})')
     return files
 
 
@@ -109,6 +113,12 @@ def _load_mask_files(files: tuple[Path, ...], _states: tuple[tuple[int, ...], ..
             raise ValueError(f"{path} is a mask; its density was chosen when it was made. Remove mask_density")
         else:
             selections.append(dict(artifact.channels))
+    criteria = list(dict.fromkeys(artifact.criterion for artifact in artifacts if isinstance(artifact, Profile)))
+    if len(criteria) > 1:
+        raise ValueError(
+            f"{', '.join(map(str, files))}: the profiles are by different criteria, {' and '.join(criteria)}; a "
+            "mask is by one"
+        )
     layout = artifacts[0].layout
     for path, artifact in zip(files[1:], artifacts[1:], strict=True):
         if not layout.fits(artifact.layout):

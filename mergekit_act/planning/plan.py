@@ -214,7 +214,7 @@ def make_plan(
     for tensor in present:
         tensor = replace(tensor, names=_names(tensor.sources[target], checkpoints[target], layouts))
         tensor = replace(tensor, chosen=_choose(tensor, masks, checkpoints[target]))
-        tensor = _fitted(tensor, unreadable)
+        tensor = _fitted(tensor, unreadable, layouts if ties(checkpoints[target]) else ())
         tied = _tied_names(tensor.weight, checkpoints[target], layouts)
         twin = next((made[name] for name in sorted(tied) if name in made), None)
         if twin is not None and tensor.selections:
@@ -288,16 +288,24 @@ def _choose(
     return found
 
 
-def _fitted(tensor: PlannedTensor, unreadable: dict[MaskSetting, str]) -> PlannedTensor:
-    """With the fit of its slices, where one is wanted; why that can't be is noted."""
+def _fitted(tensor: PlannedTensor, unreadable: dict[MaskSetting, str], tied: Collection[Layout]) -> PlannedTensor:
+    """With the fit of its slices, where one is wanted; why that can't be is noted.
+
+    Args:
+        tensor: of the output.
+        unreadable: settings that could not be loaded, and why.
+        tied: layouts whose tied names are those of one matrix.
+    """
     chosen = dict(tensor.chosen)
+    names = tensor.names.union(*(layout.tied_names(name) for layout in tied for name in tensor.names))
+    axes = {axis for selection in tensor.selections.values() for axis in selection.slices}
     for model, selection in tensor.selections.items():
         own = tensor.settings[model]
         if own.get("fit") is None:
             continue
         try:
             setting = FitSetting(own["fit"], own["fit_keep"], own["fit_ridge"])
-            chosen[model] = fitted_selection(selection, tensor.names, setting)
+            chosen[model] = fitted_selection(selection, names, setting, axes)
         except (ValueError, OSError) as error:
             unreadable.setdefault(MaskSetting(model, own["fit"], None), str(error))
     return replace(tensor, chosen=chosen)

@@ -277,6 +277,8 @@ class ForwardEngine(Engine):
                 else:
                     self.learn(piece.layer)
                     advance(partial(self._layer, piece.layer))
+        if not normalised:  # the head is excluded
+            advance(self._normalise)
 
     @abstractmethod
     def score_head(self, work: Work, heads: Sequence[HeadSlice], hidden: Sequence[Tensor]) -> None:

@@ -80,11 +80,11 @@ class InputSample:
         self._sources: dict[str, str] = {}  # module -> the first one that has the same input
         self._segment: list[tuple[Tensor, str]] = []
         self._squares: set[str] = set()  # norms: what their weights multiply, squared
+        self._rows_of: set[str] = set()  # embeddings of other things than words: which row a token takes
         self.buffers: dict[str, Tensor] = {}
         self.roles: dict[str, dict[str, Any]] = {}
-        self._weights: dict[
-            str, tuple[Tensor, int]
-        ] = {}  # role -> of the common tokens' rows, how many others there are
+        self._is_common: dict[str, Tensor] = {}  # role -> whether its rows are of tokens that all samples have
+        self._totals: dict[str, tuple[int, int]] = {}  # role -> how many tokens such rows stand for, and the others
         rows: dict[tuple[int, int, int], int] = {}  # (ability, sample, position) -> row
         for role in dict.fromkeys(roles.values()):
             own = [(place, ability) for place, ability in enumerate(abilities) if roles[ability.name] == role]
@@ -94,13 +94,13 @@ class InputSample:
                 common += [(place, 0, position) for position in range(start)]
                 tokens += [(place, *token) for token in _own_tokens(ability, start)]
             generator = torch.Generator().manual_seed(0)
-            first = torch.randperm(len(common), generator=generator)[: _ROWS // 8].tolist()
-            others = torch.randperm(len(tokens), generator=generator)[: _ROWS - len(first)].tolist()
-            chosen = [*(common[n] for n in first), *(tokens[n] for n in others)]
-            repeated = [
-                len(abilities[place].samples) * len(common) / len(first) for place, _, _ in chosen[: len(first)]
-            ]
-            self._weights[role] = (torch.tensor(repeated), len(tokens))
+            order = torch.randperm(len(common), generator=generator).tolist()
+            first = [common[n] for n in order[: _ROWS // 4]]
+            order = torch.randperm(len(tokens), generator=generator).tolist()
+            chosen = _interleaved(first, [tokens[n] for n in order[: _ROWS - len(first)]])
+            is_common = torch.tensor([token in set(first) for token in chosen])
+            self._is_common[role] = is_common
+            self._totals[role] = (sum(len(abilities[place].samples) for place, _, _ in common), len(tokens))
             rows |= {token: row for row, token in enumerate(chosen)}
             self.roles[role] = {
                 "abilities": [ability.name for _, ability in own],
@@ -109,7 +109,7 @@ class InputSample:
                 "rows": len(chosen),
             }
         self.places = _places(abilities, roles, batches, rows)
-        self._shares = _token_shares(pair, abilities, roles)
+        self._shares, self._embedded = _word_shares(pair, abilities, roles)
 
     def watching(
         self,
@@ -152,28 +152,29 @@ class InputSample:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a run that goes on needs: buffers, and what is known of modules."""
-        return self.buffers, {"sources": self._sources, "squares": sorted(self._squares)}
+        known = {"sources": self._sources, "squares": sorted(self._squares), "rows_of": sorted(self._rows_of)}
+        return self.buffers, known
 
     def resume(self, buffers: Mapping[str, Tensor], known: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self.buffers, self._sources, self._squares = dict(buffers), dict(known["sources"]), set(known["squares"])
+        self.buffers, self._sources = dict(buffers), dict(known["sources"])
+        self._squares, self._rows_of = set(known["squares"]), set(known["rows_of"])
 
     def finished(self, processes: Processes) -> Inputs:
         """What the file has: no more than a tenth of the target's bytes, but some rows in any case."""
         shapes: dict[str, torch.Size] = {}
-        for known, sources, squares in processes.gather(
-            ({name: buffer.shape for name, buffer in self.buffers.items()}, self._sources, self._squares)
-        ):
-            shapes |= known
-            self._sources |= sources
-            self._squares |= squares
+        own = ({name: buffer.shape for name, buffer in self.buffers.items()}, self.state()[1])
+        for found, known in processes.gather(own):
+            shapes |= found
+            self._sources |= known["sources"]
+            self._squares |= set(known["squares"])
+            self._rows_of |= set(known["rows_of"])
         for name in sorted(shapes):
-            own = self.buffers.get(name, torch.zeros(shapes[name]))
-            self.buffers[name] = processes.add(own.double()).float()
+            self.buffers[name] = processes.add(self.buffers.get(name, torch.zeros(shapes[name])))
         row_bytes = sum(
             buffer.shape[1:].numel() + 4
             for name, buffer in self.buffers.items()
-            if name.partition(".")[2] not in self._squares
+            if name.partition(".")[2] not in self._squares | self._rows_of
         )
         allowed = _SHARE * sum(header.size for header in self._pair.target.headers.values())
         most = max(_LEAST_ROWS, int(allowed / max(1, row_bytes)))
@@ -182,7 +183,10 @@ class InputSample:
         for name, buffer in self.buffers.items():
             role, _, source = name.partition(".")
             rows = buffer[: roles[role]["rows"]]
-            if source in self._squares:
+            if source in self._rows_of:
+                ids, weights = buffer.flatten().long(), self._shares_of(role, len(buffer))
+                tensors[name] = torch.bincount(ids, weights, self._embedded[source]).float() / len(buffer)
+            elif source in self._squares:
                 tensors[name] = (buffer * self._shares_of(role, len(buffer))[:, None]).mean(0)
             elif source.endswith(_EXPERT):
                 tensors[name] = rows.flatten().to(torch.int32)
@@ -196,10 +200,10 @@ class InputSample:
 
     def _shares_of(self, role: str, rows: int) -> Tensor:
         """float32 ``[rows]``: the weights of a role's first rows, 1 in the mean."""
-        repeated, others = self._weights[role]
-        repeated = repeated[:rows]
-        left = rows - len(repeated)
-        weights = torch.cat([repeated, torch.full((left,), others / max(1, left))])
+        is_common = self._is_common[role][:rows]
+        weights = torch.zeros(rows)
+        for chosen, total in zip((is_common, ~is_common), self._totals[role], strict=True):
+            weights[chosen] = total / max(1, int(chosen.sum()))
         return weights / weights.mean()
 
     def _take(
@@ -214,7 +218,11 @@ class InputSample:
         arguments, keywords = inputs
         given = next(value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor))
         if isinstance(owner, nn.Embedding):
-            self._sources[module] = module  # its tokens are known without the model
+            self._sources[module] = module
+            if f"{places.role}.{module}" not in self._shares:
+                ids = given.expand(batch.input_ids.shape).flatten()[places.tokens]
+                self._rows_of.add(module)
+                self._write(module, ids[:, None], places)
         elif is_norm(owner):
             self._sources[module] = module
             self._squares.add(module)
@@ -258,6 +266,17 @@ class InputSample:
         self.buffers[name][where.cpu()] = rows.float().cpu()
 
 
+def _interleaved(first: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """All of both, every fourth of the first as long as there are others: so are the leading ones, however many."""
+    found: list[Any] = []
+    left, right = list(first), list(others)
+    while left or right:
+        found += [left.pop(0)] if left else []
+        found += right[:3]
+        del right[:3]
+    return found
+
+
 def _common_start(ability: AbilitySamples) -> int:
     """How many tokens all samples begin with; none if there is just one sample."""
     samples = ability.samples
@@ -295,22 +314,17 @@ def _places(
     return found
 
 
-def _token_shares(pair: ModelPair, abilities: Sequence[AbilitySamples], roles: Mapping[str, str]) -> dict[str, Tensor]:
-    """``<role>.<embedding>`` -> float32 ``[rows]``: what share of the tokens takes each row of an embedding."""
-    found = {}
+def _word_shares(
+    pair: ModelPair, abilities: Sequence[AbilitySamples], roles: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """``<role>.<embedding>`` -> float32 ``[rows]``, of words; and embedding -> its rows, of all."""
     skeleton: Any = pair.skeletons()[0]
-    words = skeleton.get_input_embeddings()
-    embeddings = {
-        n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Embedding) and n in pair.layout.parameters
-    }
-    for module, owner in embeddings.items():
+    every = {name: owner for name, owner in skeleton.named_modules() if isinstance(owner, nn.Embedding)}
+    embeddings = {name: owner for name, owner in every.items() if name in pair.layout.parameters}
+    found = {}
+    for module in (name for name, owner in embeddings.items() if owner is skeleton.get_input_embeddings()):
         for role in dict.fromkeys(roles.values()):
-            counts = torch.zeros(owner.num_embeddings)
-            for ability in abilities:
-                if roles[ability.name] != role:
-                    continue
-                for place, position in _own_tokens(ability, 0):
-                    row = int(ability.samples[place].input_ids[position]) if owner is words else position
-                    counts[min(row, len(counts) - 1)] += 1
-            found[f"{role}.{module}"] = counts / counts.sum()
-    return found
+            own = [ability for ability in abilities if roles[ability.name] == role]
+            ids = torch.cat([sample.input_ids for ability in own for sample in ability.samples])
+            found[f"{role}.{module}"] = torch.bincount(ids, minlength=embeddings[module].num_embeddings) / len(ids)
+    return found, {name: owner.num_embeddings for name, owner in embeddings.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from mergekit_act.runs.state import check_settings, is_complete
 
 __all__ = ["WrittenProfiles", "write_profiles"]
 
+LOG = logging.getLogger(__name__)
+
 _STATE = "profile.state"
-_INPUTS = "inputs.safetensors"
+_INPUTS = "fit/inputs.safetensors"  # apart from profiles, whose names a glob lists
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,11 @@ def write_profiles(
     by_data = settings.criterion in ENGINES
     paths = [out_dir / f"{name}.safetensors" for name in (file.abilities if by_data else [settings.criterion])]
     inputs = out_dir / _INPUTS if settings.inputs else None
-    if inputs in paths:
-        raise ValueError(f'"{inputs.stem}" is the name of the file of inputs; give the ability another one')
+    roles = {name: ability.role for name, ability in file.abilities.items()}
+    if inputs is not None and "recover" not in roles.values():
+        raise ValueError('inputs are of abilities to recover, and none of the file has "role: recover"')
+    if inputs is not None and "keep" not in roles.values():
+        LOG.warning('no ability has "role: keep": merges with these inputs need fit_keep: 0')
     with join_processes() as processes:
         check_writable(out_dir)
         # A run that was ended while it wrote its profiles has some of them, and its state.
@@ -86,8 +92,8 @@ def write_profiles(
         if pair.target.fingerprint == pair.ability_model.fingerprint:
             raise ValueError(f"{file.target} and {file.ability_model} are the same model; there is nothing to transfer")
         if by_data:
-            roles = {name: ability.role for name, ability in file.abilities.items()} if inputs else None
-            profiles = _profile_by_data(pair, abilities, roles, settings, processes, paths, overwrite=overwrite)
+            own_roles = roles if inputs else None
+            profiles = _profile_by_data(pair, abilities, own_roles, settings, processes, paths, overwrite=overwrite)
         elif processes.rank == 0:
             profiles = [profile_without_data(pair, settings.criterion, random_seed=settings.random_seed)]
             save_profile(profiles[0], paths[0], overwrite=overwrite)
@@ -110,13 +116,15 @@ def _profile_by_data(
         state = _own_state(out_dir, processes)
         if processes.rank == 0:
             if not any(is_complete(found) for found in _states(out_dir)):
-                check_free(paths, overwrite=overwrite)  # again: another run may have ended since
+                outputs = [*paths, *([out_dir / _INPUTS] if roles else [])]
+                check_free(outputs, overwrite=overwrite)  # again: another run may have ended since
             for found in _states(out_dir):
                 check_settings(found, identity_of(pair, abilities, settings, roles, processes), overwrite=overwrite)
         processes.wait()
         profiles, inputs = measure_pair(pair, abilities, settings, roles=roles, state=state, processes=processes)
         if processes.rank == 0:
             if inputs is not None:
+                (out_dir / _INPUTS).parent.mkdir(exist_ok=True)
                 remove_leftovers(out_dir / _INPUTS)
                 save_inputs(inputs, out_dir / _INPUTS, overwrite=True)
             for profile, path in zip(profiles, paths, strict=True):

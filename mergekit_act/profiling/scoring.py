@@ -95,6 +95,11 @@ def measure_pair(
     return profiles, None if inputs is None else inputs.finished(processes)
 
 
+def _seen_once(sums: ChannelSums, settings: ProfilingSettings) -> dict[str, list[int]]:
+    """Module of experts -> answer tokens of each, which pass once for every point."""
+    return {module: [count // settings.points for count in counts] for module, counts in sums.expert_tokens.items()}
+
+
 def identity_of(
     pair: ModelPair,
     abilities: Sequence[AbilitySamples],
@@ -128,6 +133,6 @@ def _profile(pair: ModelPair, ability: AbilitySamples, sums: ChannelSums, settin
         | {"batch_tokens": settings.batch_tokens}
         | settings.of_criterion()
         | ({"exclude": list(pair.exclude)} if pair.exclude else {})
-        | ({"expert_tokens": sums.expert_tokens} if sums.expert_tokens else {}),
+        | ({"expert_tokens": _seen_once(sums, settings)} if sums.expert_tokens else {}),
         shared_rows=pair.shared_rows,
     )

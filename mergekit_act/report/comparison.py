@@ -243,8 +243,8 @@ def _thresholds(criteria: Sequence[str], ordered: Sequence[NDArray[np.float32]])
     found = {}
     for criterion in dict.fromkeys(criteria):
         own = [scores for its, scores in zip(criteria, ordered, strict=True) if its == criterion]
-        top = max(float(scores[-1]) for scores in own) or 1.0
         positive = [scores[np.searchsorted(scores, 0, side="right") :] for scores in own]
+        top = max((float(scores[-1]) for scores in positive if len(scores)), default=1.0)
         low = min((float(scores[len(scores) // 100]) for scores in positive if len(scores)), default=top / 10)
         found[criterion] = np.geomspace(max(low, top * 1e-8), top, _STEPS, dtype=np.float32)
     return found

@@ -103,7 +103,7 @@ def _quantiles(comparison: Comparison, pair: Pair, suffix: str) -> Table:
     for scored in pair.abilities:
         profile, ordered = scored.profile, scored.ordered
         whole = float(ordered[ordered > 0].sum(dtype=np.float64))
-        share = float(ordered[-k:].sum(dtype=np.float64)) / whole if whole else 0.0
+        share = float(ordered[-k:].clip(min=0).sum(dtype=np.float64)) / whole if whole else 0.0
         quantiles = [scored.score_at(level) for level in levels] + [float(ordered[-1])]
         shown = [f"{value:.3g}" for value in quantiles]
         counts = [f"{profile.samples:,}", f"{profile.answer_tokens:,}"]

@@ -78,9 +78,9 @@ def _profile_lines(comparison: Comparison) -> list[str]:
     scores += [f"{scored.score_at(0.01):.3g} (top 1 %)", f"{float(scored.ordered[-1]):.3g} (largest)"]
     lines.append(f"  {'attributions' if len(scored.damage) else 'scores'} from {', '.join(scores)}")
     if len(scored.damage):
-        helping = int((scored.ordered > 0).sum())
+        helping = scored.ordered[scored.ordered > 0]
         lines.append(
-            f"  {percent(helping, n)} of the channels help, by {float(scored.ordered[-helping:].sum()):.3g} nats per "
+            f"  {percent(len(helping), n)} of the channels help, by {float(helping.sum()):.3g} nats per "
             f"answer token in all to first order; damage {float(scored.damage.sum()):.3g} in all"
         )
     selection = comparison.selections([scored])[0]

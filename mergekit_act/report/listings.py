@@ -72,6 +72,9 @@ def list_mask(mask: Mask) -> str:
         parameters, everything = counts["parameters"], counts["parameters_total"]
         lines.append(f"{parameters:,} of {everything:,} parameters ({percent(parameters, everything)})")
         lines.append(_without_channels(layout))
+    asked = [int(source["density"] * counts["channels_taking_part"]) for source in mask.sources if "gain" in source]
+    if len(asked) == 1 and selected_total < asked[0]:
+        lines.append(f"the density asks for {asked[0]:,} channels; no others help when they move")
     return "\n".join([*lines, *predicted_effects(mask.sources)])
 
 

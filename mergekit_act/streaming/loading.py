@@ -108,7 +108,7 @@ class ModelWeights:
                 self.checkpoint.flush()
                 mapped = 0
             if torch.device(self.device).type == "cpu":
-                one.put(self.segmented.model, tensor.to(dtype, copy=True))
+                one.put(self.segmented.model, tensor.to(dtype, copy=True, memory_format=torch.contiguous_format))
             else:
                 into = torch.empty(tensor.shape, dtype=dtype, device=self.device)
                 self.copier.copy(into, tensor)

@@ -237,10 +237,13 @@ class PairWeights:
         return loaded
 
     def _put(self, piece: Piece, loaded: list[tuple[int, Stored, Tensor]]) -> list[HeadSlice]:
-        middle = len(loaded) // 2  # both models have the same parameters, in the same order
-        for (_, ours, tensor), (_, _, other) in zip(loaded[:middle], loaded[middle:], strict=True):
-            if ours.is_parameter:
-                self._take_difference(tensor, other)
+        if self._point is not None:
+            theirs = {stored.names[0]: tensor for side, stored, tensor in loaded if side == 1}
+            pairs = [(model.head, model.head_bias) for model in self.models]
+            heads = {id(ours): other for ours, other in zip(*pairs, strict=True)}
+            for _, stored, tensor in (one for one in loaded if one[0] == 0 and one[1].is_parameter):
+                other = heads.get(id(stored)) or stored
+                self._take_difference(tensor, theirs[other.names[0]])
         if piece.rows is not None:
             by_stored = {(side, id(stored)): tensor for side, stored, tensor in loaded}
             return [
@@ -270,7 +273,9 @@ class PairWeights:
         """Put the difference in the place of the second, and move the first; rows that one of them lacks have none."""
         if self._point is None:
             return
-        rows = min(len(target), len(ability_model)) if target.ndim else 1
+        if not target.ndim:
+            target, ability_model = target.view(1), ability_model.view(1)
+        rows = min(len(target), len(ability_model))
         ours, theirs = target[:rows].view(-1), ability_model[:rows].view(-1)
         for some, others in zip(torch.split(ours, _AT_ONCE), torch.split(theirs, _AT_ONCE), strict=True):
             others.copy_(others.float().sub_(some.float()))

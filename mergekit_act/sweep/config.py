@@ -63,12 +63,26 @@ class SweptConfig:
             model["parameters"] = (model.get("parameters") or {}) | own
         return written
 
-    def check(self, criteria: Sequence[str]) -> None:
+    @property
+    def fits(self) -> list[str]:
+        """SHA-256 of the files of inputs that the config itself names."""
+        owners = [self._written, *_ability_models(self._written)]
+        named = [fit for owner in owners if (fit := (owner.get("parameters") or {}).get("fit"))]
+        return [file_hash(file) for setting in named for file in find_mask_files(setting)]
+
+    def check(self, criteria: Sequence[str], *, fits: bool) -> None:
         """See that there are profiles by these criteria; by one if none is named.
 
+        Args:
+            criteria: of the grid.
+            fits: whether the grid has files of inputs.
+
         Raises:
-            ValueError: an ability model has none by one of them, or some by several.
+            ValueError: an ability model has none by one of them, or some by several; or both the grid and the config
+                have a fit.
         """
+        if fits and self.fits:
+            raise ValueError(f'{self.path} sets "fit" itself; leave it out, --fit sets it')
         for model, masks in zip(self.models, self.criteria, strict=True):
             missing = [criterion for criterion in criteria if criterion not in masks]
             if missing:
@@ -115,7 +129,7 @@ def read_swept_config(path: Path) -> SweptConfig:
     for model in models:
         by_criterion: dict[str, list[str]] = {}
         parameters = {**(written.get("parameters") or {}), **(model.get("parameters") or {})}
-        for key in ("weight", "mask", "mask_density"):
+        for key in ("weight", "mask", "mask_density", "fit"):
             if isinstance(parameters.get(key), list | dict):
                 raise ValueError(
                     f'{path}: the "{key}" of {model["model"]} is a gradient or filter; a sweep sets one value'

@@ -6,8 +6,10 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from mergekit_act.files import file_hash
 from mergekit_act.selection import validate_density
 
 __all__ = ["Grid", "Point"]
@@ -28,17 +30,24 @@ class Point:
         weights: of each ability model, in the config's order.
         criterion: of the profiles, if the config names some by several.
         fit: the file of inputs that selected rows are fitted to; none if empty.
+        fit_hash: of that file, so that scores are of what it holds.
     """
 
     density: float
     weights: tuple[float, ...]
     criterion: str = ""
     fit: str = ""
+    fit_hash: str = ""
 
     @property
     def mask(self) -> tuple[float, str, str]:
         """All but the weights: points that agree in it have one plan."""
         return self.density, self.criterion, self.fit
+
+    @property
+    def fit_key(self) -> str:
+        """The file and its hash, as scores are kept under it."""
+        return f"{self.fit}#{self.fit_hash}" if self.fit else ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class Grid:
 
         Raises:
             ValueError: a density is not in (0, 1], or a weight is 0 or not finite.
+            FileNotFoundError: a file of inputs does not exist.
         """
         densities = tuple(self.densities) or (PAPER_DENSITIES if self.kind == "paper" else DENSITIES)
         weights = tuple(self.weights) or (PAPER_WEIGHTS if self.kind == "paper" else WEIGHTS)
@@ -74,10 +84,11 @@ class Grid:
         for weight in weights:
             if not math.isfinite(weight) or weight == 0:
                 raise ValueError(f"weight is {weight}; expected a number other than 0, such as 0.4")
+        hashes = {"": "", **{fit: file_hash(Path(fit))[:16] for fit in self.fits}}
         alike = ((weight,) * models for weight in weights)
         shared = sorted(dict.fromkeys(itertools.product(weights, repeat=models) if self.per_model else alike))
         return [
-            Point(density, some, criterion, fit)
+            Point(density, some, criterion, fit, hashes[fit])
             for criterion in dict.fromkeys(self.criteria or ("",))
             for fit in dict.fromkeys(("", *self.fits))
             for density in sorted(set(densities))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,7 +88,8 @@ class PatchedModel:
                 for index in selected_slices(axis, parameter, selections):
                     placed = tuple(part.to(parameter.device) for part in index)
                     slices = leading(parameter, axis, len(placed))[placed]
-                    self._saved.append(_Saved(parameter, axis, placed, slices, changes))
+                    own = [(model, theirs, _fitted_once(selection)) for model, theirs, selection in changes]
+                    self._saved.append(_Saved(parameter, axis, placed, slices, own))
 
     @contextmanager
     def patched(self, weights: Mapping[ModelReference, float]) -> Iterator[Any]:
@@ -120,3 +121,17 @@ class PatchedModel:
             if name in self._parameters:
                 return self._parameters[name]
         raise ValueError(f'"{tensor.name}" is no parameter of {type(self.model).__name__}; a sweep cannot change it')
+
+
+def _fitted_once(selection: TensorSelection) -> TensorSelection:
+    """A selection whose fit is kept: slices that are saved are the same for every weight."""
+    fit, kept = selection.fit, list[Tensor]()
+    if fit is None:
+        return selection
+
+    def once(changes: Tensor, index: Sequence[Tensor]) -> Tensor:
+        if not kept:
+            kept.append(fit(changes, index))
+        return kept[0].clone()
+
+    return replace(selection, fit=once)

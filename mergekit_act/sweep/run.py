@@ -127,9 +127,12 @@ def run_sweep(
     if settings.quiet:
         disable_progress_bar()
     options = MergeOptions(lora_merge_cache=cache, trust_remote_code=trust, quiet=True)
-    config.check([point.criterion for point in grid if point.criterion])
+    config.check([point.criterion for point in grid if point.criterion], fits=any(point.fit for point in grid))
     for point in {point.mask: point for point in grid}.values():
         check_before_planning(MergeConfiguration.model_validate(config.at(point)), options)
+    for point in {(point.criterion, point.fit): point for point in grid if point.fit}.values():
+        with muted("mergekit_act.checking"):  # what is wrong with a fit is told before hours of scoring
+            plan_merge(MergeConfiguration.model_validate(config.at(point)), options)
     held_out = collect_held_out(file, Tokenizers(file.target, file.ability_model, trust))
     target, *abilities = (
         open_checkpoint(model, lora_merge_cache=cache, trust_remote_code=trust)
@@ -217,7 +220,7 @@ class _Sweep:
         for score in tqdm(scores, unit="point", desc="generation", disable=quiet or self.settings.quiet or None):
             point = score.point
             key = "target" if point is None else f"{point.density!r} {point.weights!r}"
-            key += "" if point is None else "".join(f" {part}" for part in (point.criterion, point.fit) if part)
+            key += "" if point is None else "".join(f" {part}" for part in (point.criterion, point.fit_key) if part)
             if key not in kept:
                 if point is None:
                     kept[key] = self._matches()
@@ -264,6 +267,7 @@ def _identity(checkpoints: Sequence[Checkpoint], config: SweptConfig, held_out: 
         "target": target.fingerprint,
         "ability_models": [checkpoint.fingerprint for checkpoint in abilities],
         "profiles": sorted(config.profiles.values()),
+        **({"fits": config.fits} if config.fits else {}),
         "abilities": {
             one.ability: {
                 "role": one.role,

@@ -96,7 +96,7 @@ class ScoreFile:
         score = self._score(point, nll, **measured)
         row: list[object] = ["", "", "", ""]
         if point is not None:
-            row = [repr(point.density), ";".join(map(repr, point.weights)), point.criterion, point.fit]
+            row = [repr(point.density), ";".join(map(repr, point.weights)), point.criterion, point.fit_key]
         row += [score.channels, score.parameters]
         row += [repr(score.recover), "" if score.keep is None else repr(score.keep), f"{score.seconds:.3f}"]
         rows: list[list[object]] = [[*row, *(repr(nll[name]) for name in self._abilities)]]
@@ -118,7 +118,8 @@ class ScoreFile:
     def _read(self, row: Mapping[str, str]) -> Score:
         nll = {name: float(row[f"nll:{name}"]) for name in self._abilities}
         weights = tuple(map(float, filter(None, row["weight"].split(";"))))
-        point = Point(float(row["density"]), weights, row["criterion"], row["fit"]) if row["density"] else None
+        fit, _, fit_hash = row["fit"].rpartition("#")
+        point = Point(float(row["density"]), weights, row["criterion"], fit, fit_hash) if row["density"] else None
         return self._score(
             point, nll, channels=int(row["channels"]), parameters=int(row["parameters"]), seconds=float(row["seconds"])
         )

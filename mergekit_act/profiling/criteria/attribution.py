@@ -185,7 +185,10 @@ class AttributionEngine(Engine):
 
             def attribute(gradient: Tensor) -> None:
                 if versions != [tensor._version for tensor in _tensors(inputs)]:
-                    raise ValueError(f'module "{module}": its input is changed in place by the model')
+                    raise ValueError(
+                        f'module "{module}": the model changes its input in place; leave it out with --exclude, or use '
+                        "--criterion local"
+                    )
                 self._attribute(work, module, inputs, gradient)
 
             output.register_hook(attribute)  # type: ignore[no-untyped-call]
