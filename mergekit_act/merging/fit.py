@@ -212,4 +212,5 @@ def _rows_of(inputs: Inputs, role: str, source: str, expert: int | None) -> Tens
         return torch.zeros(0, inputs.tensors[f"recover.{source}"].shape[1], dtype=torch.float64)
     taken = slice(None) if expert is None else (inputs.tensors[name + _EXPERT] == expert).nonzero().flatten()
     rows: Tensor = inputs.tensors[name][taken].double() * inputs.tensors[f"{name}.scale"][taken, None]
-    return rows / inputs.roles[role]["rows"] ** 0.5
+    tokens: int = inputs.roles[role]["rows"]
+    return rows / tokens**0.5
