@@ -198,6 +198,14 @@ def test_from_profile_to_fitted_merge_and_sweep(profiled, tmp_path):
     assert re.search(
         r"note: the selected rows of \d+ tensors of .* are fitted, with \d+ inputs to \w+ and \d+ inputs", said
     )
+    run("card", "fitted")
+    (copied,) = (tmp_path / "fitted/fit").iterdir()
+    assert copied.read_bytes() == (tmp_path / "profiles/fit/inputs.safetensors").read_bytes()
+    own = yaml.safe_load((tmp_path / "fitted/act.yml").read_text())["models"][0]["parameters"]
+    assert own["fit"] == f"fit/{copied.name}"
+    card = (tmp_path / "fitted/README.md").read_text()
+    assert "--criterion attribution" in card
+    assert "the loss of gained falls by" in card
     ties = merged(
         act_config(target, (ability, settings | {"density": 1.0}), merge_method="act_ties"), tmp_path / "ties"
     )

@@ -11,6 +11,7 @@ norms and embeddings, and biases, multiply one number each: for these the same f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -212,5 +213,4 @@ def _rows_of(inputs: Inputs, role: str, source: str, expert: int | None) -> Tens
         return torch.zeros(0, inputs.tensors[f"recover.{source}"].shape[1], dtype=torch.float64)
     taken = slice(None) if expert is None else (inputs.tensors[name + _EXPERT] == expert).nonzero().flatten()
     rows: Tensor = inputs.tensors[name][taken].double() * inputs.tensors[f"{name}.scale"][taken, None]
-    tokens: int = inputs.roles[role]["rows"]
-    return rows / tokens**0.5
+    return rows / math.sqrt(inputs.roles[role]["rows"])
