@@ -33,7 +33,7 @@ FITTED = (0.05, 0.2, 0.4)
 WEIGHTS = (1.0, 0.7, 0.5, 0.3)
 KEPT = 0.97
 VALIDATION = 0.4
-HEADER = ["rule", "share", "channels", "weight", "kept", "likelihood kept", "nll to recover", "exact"]
+HEADER = ["rule", "parameters", "channels", "weight", "kept", "likelihood kept", "nll to recover", "exact"]
 
 
 class Measured:
@@ -168,12 +168,13 @@ def stock_merges(file, folder):
     def make(method, parameters):
         model = {"model": file.ability_model, "parameters": parameters}
         written = {"merge_method": method, "base_model": file.target, "models": [model], "dtype": "float32"}
+        written["parameters"] = {"normalize": False}  # or the weight of a single model would do nothing
         run_merge(MergeConfiguration.model_validate(written), str(folder), MergeOptions(quiet=True, random_seed=0))
         return folder
 
     for method, more in (("ties", {}), ("dare_linear", {}), ("della_linear", {"epsilon": 0.1})):
         for density in (0.2, 0.5):
-            for weight in (1.0, 0.6, 0.3, 0.1):
+            for weight in (0.6, 0.3, 0.1):
                 yield method, density, weight, partial(make, method, {"density": density, "weight": weight, **more})
 
 

@@ -281,7 +281,9 @@ def test_metadata_that_is_not_json_of_ours(tmp_path, text):
 def test_another_kind_of_file(tmp_path, kind):
     save_mask(mask(), tmp_path / "m.safetensors")
     rewrite(tmp_path / "m.safetensors", lambda metadata, _: metadata.update(kind=kind))
-    with pytest.raises(ArtifactError, match=r'm\.safetensors is a ".*"; expected a profile or a mask') as caught:
+    with pytest.raises(
+        ArtifactError, match=r'm\.safetensors is a ".*"; expected a profile, a mask or inputs'
+    ) as caught:
         load_mask(tmp_path / "m.safetensors")
     assert "\x1b" not in str(caught.value)
 

@@ -27,6 +27,8 @@ FAMILY = {
     "act_ramplus_tl",
 }
 
+ADDED = ["mask", "mask_density", "fit", "fit_keep", "fit_ridge"]
+
 
 def test_every_method_of_task_vectors_has_its_masked_form():
     names = {method.spec.name for method in registered_methods()}
@@ -39,7 +41,7 @@ def test_every_method_of_task_vectors_has_its_masked_form():
 @pytest.mark.parametrize("name", sorted(FAMILY))
 def test_parameters_stay_and_masks_are_added(name):
     ours, inner = get(name).spec, get(name.removeprefix("act_")).spec
-    assert [p.name for p in ours.parameters] == [p.name for p in inner.parameters] + ["mask", "mask_density"]
+    assert [p.name for p in ours.parameters] == [p.name for p in inner.parameters] + ADDED
     assert (ours.contract, ours.uses_accelerator) == (inner.contract, inner.uses_accelerator)
 
 
@@ -55,7 +57,7 @@ def test_a_method_that_is_registered_later_is_picked_up(monkeypatch):
     registry.register(halfway)
     register_methods()
     register_methods()
-    assert [p.name for p in get("act_halfway").spec.parameters] == ["share", "mask", "mask_density"]
+    assert [p.name for p in get("act_halfway").spec.parameters] == ["share", *ADDED]
 
 
 def run(name, tensors, selections, **parameters):

@@ -59,7 +59,7 @@ def find_mask_files(setting: str, key: str = "mask") -> tuple[Path, ...]:
     """
     parts = [piece.strip() for piece in setting.split(",") if piece.strip()]
     if not parts:
-        raise FileNotFoundError(f"{key} is empty; name a file")
+        raise FileNotFoundError(f"{key} is empty; name {'a mask or profile' if key == 'mask' else 'a file'}")
     found: dict[Path, None] = {}
     for part in parts:
         files = fetch_mask_files(part) if part.startswith(HUB) else _local_files(part, key)
