@@ -296,8 +296,8 @@ def main(folder: Path, abilities: str, kept_by: str, exclude, only, fit_keep, fi
                 if enough(one[0]):
                     break
         for name, tried in found.items():
-            cells = [*((f"{share:.0%}", [t for t in tried if t[1] == share]) for share in SHARES), ("free", tried)]
-            for shown_share, some in cells:
+            by_share = [(f"{share:.0%}", [one for one in tried if one[1] == share]) for share in SHARES]
+            for shown_share, some in (*by_share, ("free", tried)):
                 allowed = [one for one in some if enough(one[0])]
                 if not some:
                     continue
