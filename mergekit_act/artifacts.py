@@ -51,6 +51,7 @@ __all__ = [
 
 _KEY = "mergekit_act"
 _DAMAGE = "damage."  # stands before a module's name
+EXPERT = ".expert"  # stands behind the name of a source in inputs, for what says whose input a row is
 _OTHER_TENSORS = "its tensors are not those that were written, their checksum is another"
 
 
@@ -132,7 +133,7 @@ class Mask:
 
 @dataclass(frozen=True, eq=False)  # hashed by identity
 class Inputs:
-    """A sample of the inputs that the target's modules receive, by role of the abilities (DESIGN, fit).
+    """A sample of the inputs that the target's modules receive, by role of the abilities.
 
     Attributes:
         tensors: ``<role>.<source>`` -> float8_e4m3fn ``[rows, width]``, some of a source's inputs;

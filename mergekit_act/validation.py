@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mergekit_act.channels import Layout
+from mergekit_act.criteria import CRITERIA
 
 __all__ = [
     "FORMAT_VERSIONS",
@@ -34,7 +35,6 @@ KINDS = ("profile", "mask", "inputs")
 
 _DEEPEST = 50  # what YAML files may have, and so the data settings in the metadata
 _LARGEST = 2**53
-_CRITERIA = ("activation", "local", "attribution", "weight", "random")
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -275,8 +275,8 @@ def profile_problems(
 ) -> list[str]:
     """How a profile's tensors contradict what it says of them."""
     found = [f'module "{module}" has no scores' for module in layout.modules if module not in scores]
-    if criterion not in _CRITERIA:
-        found.append(f'criterion "{criterion}" is none of {", ".join(_CRITERIA)}')
+    if criterion not in CRITERIA:
+        found.append(f'criterion "{criterion}" is none of {", ".join(CRITERIA)}')
     signed = criterion == "attribution"
     if signed:
         found += [f'module "{module}" has no damage' for module in layout.modules if module not in damage]

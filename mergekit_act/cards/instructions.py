@@ -13,6 +13,7 @@ import yaml
 from mergekit_act.artifacts import Mask
 from mergekit_act.cards.markdown import Source
 from mergekit_act.cards.masks import MaskFile
+from mergekit_act.criteria import WITHOUT_DATA
 from mergekit_act.data.schema import AbilitiesFile, Ability
 from mergekit_act.versions import installed_versions
 from mergekit_act.wording import escape
@@ -119,7 +120,7 @@ class Instructions:
         data = source.get("data") or {}
         head: dict[str, Any] = {role: self._reference(role, source.get(role) or {}) for role in self._models}
         settings: dict[str, Any] = {}
-        if source.get("criterion") not in ("weight", "random") and "dataset" in data:
+        if source.get("criterion") not in WITHOUT_DATA and "dataset" in data:
             head |= {key: data[key] for key in AbilitiesFile.model_fields if key in data}
             defaults = {key: one.get_default(call_default_factory=True) for key, one in Ability.model_fields.items()}
             settings = {key: data[key] for key in defaults if key in data and data[key] != defaults[key]}
@@ -191,7 +192,7 @@ def _options(source: Source) -> list[str]:
     data = source.get("data") or {}
     options = [part for glob in data.get("exclude") or () for part in ("--exclude", glob)]
     criterion = str(source.get("criterion"))
-    if criterion in ("weight", "random"):
+    if criterion in WITHOUT_DATA:
         seed = ["--random-seed", str(data["random_seed"])] if "random_seed" in data else []
         return ["--criterion", criterion, *seed, *options]
     if criterion in ("local", "attribution"):

@@ -25,6 +25,7 @@ from mergekit_act.cards.markdown import (
 from mergekit_act.cards.masks import MaskFile
 from mergekit_act.checking.summary import CheckSummary
 from mergekit_act.checkpoints import model_name, parse_reference
+from mergekit_act.criteria import WITHOUT_DATA
 from mergekit_act.files import file_hash
 from mergekit_act.selection import describe_selection, predicted_effects
 from mergekit_act.wording import percent
@@ -73,7 +74,7 @@ def _moved(summary: CheckSummary, sources: Sequence[Source]) -> Iterator[str]:
     moved = sum(kind.moved for kind in summary.kinds)
     parameters = sum(kind.parameters for kind in summary.kinds)
     method = f"[ACT]({PAPER}) (activation-guided channel-wise ability transfer; *{TITLE}*)"
-    is_control = bool(sources) and all(source.get("criterion") in ("weight", "random") for source in sources)
+    is_control = bool(sources) and all(source.get("criterion") in WITHOUT_DATA for source in sources)
     chosen = "with channels chosen without data, a control of" if is_control else "by"
     channels = f"{summary.selected:,} of {summary.channels:,} channels ({percent(summary.selected, summary.channels)})"
     owned = f"{moved:,} of {parameters:,} parameters ({percent(moved, parameters)})"

@@ -12,6 +12,7 @@ import click
 
 from mergekit_act.cli import options
 from mergekit_act.cli.framework import command, common, echo, packed, repeat_command
+from mergekit_act.criteria import CRITERIA
 
 if TYPE_CHECKING:
     from mergekit_act.profiling import ProfilingSettings
@@ -42,7 +43,7 @@ def channels(model: str, trust_remote_code: bool, quiet: bool) -> None:
 @click.argument("out_dir", metavar="OUT_DIR", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
     "--criterion",
-    type=click.Choice(["activation", "local", "attribution", "weight", "random"]),
+    type=click.Choice(CRITERIA),
     default="activation",
     show_default=True,
     help="activation: difference of the models' activations on the samples, as in the paper. local: change of a "

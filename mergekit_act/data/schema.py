@@ -11,14 +11,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from mergekit_act.criteria import WITHOUT_DATA
 from mergekit_act.wording import enumerate_some, escape, shorten
 from mergekit_act.yaml_files import read_yaml
 
 __all__ = ["AbilitiesFile", "Ability", "Evaluation", "load_abilities"]
-
-# Names of the profiles that are made without data.
-RESERVED_NAMES = ("weight", "random")
-
 
 # Of a data set of its own: keys of an ability that say which rows, and how they are read.
 _OF_A_DATA_SET = ("name", "revision", "prompt", "answer", "where")
@@ -169,7 +166,7 @@ class AbilitiesFile(BaseModel):
         for name in abilities:
             if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("."):
                 raise ValueError(f'ability name "{name}" has other characters than letters, digits, ".", "_" and "-"')
-            if name.lower() in RESERVED_NAMES:
+            if name.lower() in WITHOUT_DATA:
                 raise ValueError(f'ability name "{name}" is reserved for the profiles made without data')
             if name.lower() in seen:
                 raise ValueError(

@@ -20,14 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergekit_act.artifacts import Inputs, load_inputs
+from mergekit_act.artifacts import EXPERT, Inputs, load_inputs
 from mergekit_act.files import file_state
 from mergekit_act.merging.kernel import TensorSelection
 from mergekit_act.merging.masks import find_mask_files
 
 __all__ = ["FitSetting", "TensorFit", "fitted_selection", "load_fit_file"]
-
-_EXPERT = ".expert"
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class TensorFit:
         """Of the file's tensors that are used."""
         if self.is_bias:
             return []
-        every = [self._name(role, suffix) for role in ("recover", "keep") for suffix in ("", _EXPERT)]
+        every = [self._name(role, suffix) for role in ("recover", "keep") for suffix in ("", EXPERT)]
         return [name for name in every if name in self.inputs.tensors]
 
     def __call__(self, changes: Tensor, index: Sequence[Tensor]) -> Tensor:
@@ -114,7 +112,7 @@ class TensorFit:
             factors = recovered / damped.clamp(min=torch.finfo(damped.dtype).tiny)
             # An embedding's slices are columns, whose numbers belong to its rows; a norm's are single numbers.
             return changes * (factors if changes.ndim == 2 else factors[index[0].to(factors.device)])
-        if self._name("recover", _EXPERT) not in self.inputs.tensors:
+        if self._name("recover", EXPERT) not in self.inputs.tensors:
             return self._apply(changes)
         fitted = torch.empty_like(changes)
         for expert in sorted(set(index[0].tolist())):
@@ -211,6 +209,6 @@ def _rows_of(inputs: Inputs, role: str, source: str, expert: int | None) -> Tens
     name = f"{role}.{source}"
     if name not in inputs.tensors:
         return torch.zeros(0, inputs.tensors[f"recover.{source}"].shape[1], dtype=torch.float64)
-    taken = slice(None) if expert is None else (inputs.tensors[name + _EXPERT] == expert).nonzero().flatten()
+    taken = slice(None) if expert is None else (inputs.tensors[name + EXPERT] == expert).nonzero().flatten()
     rows: Tensor = inputs.tensors[name][taken].double() * inputs.tensors[f"{name}.scale"][taken, None]
     return rows / math.sqrt(inputs.roles[role]["rows"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mergekit_act.abilities import AbilitySamples
 from mergekit_act.abilities.batches import MicroBatch, by_length
-from mergekit_act.artifacts import Inputs
+from mergekit_act.artifacts import EXPERT, Inputs
 from mergekit_act.channels import is_norm
 from mergekit_act.profiling.changes import multiplied
 from mergekit_act.profiling.pair import ModelPair
@@ -30,7 +30,6 @@ _LEAST_ROWS = 64  # that a file keeps, however small the model
 # Twice as many rows are worth more than digits: that many inputs are fitted, and the noise is that of a small ridge.
 _DTYPE = torch.float8_e4m3fn
 _SHARE = 0.1  # of the model's bytes that a file may have
-_EXPERT = ".expert"  # behind the name of what says whose input a row is
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ class InputSample:
                 tensors[name] = torch.bincount(ids, weights, self._embedded[source]).float() / len(buffer)
             elif source in self._squares:
                 tensors[name] = (buffer * self._shares_of(role, len(buffer))[:, None]).mean(0)
-            elif source.endswith(_EXPERT):
+            elif source.endswith(EXPERT):
                 tensors[name] = rows.flatten().to(torch.int32)
             else:
                 flat = rows.reshape(-1, rows.shape[-1])
@@ -249,7 +248,7 @@ class InputSample:
         )
         chosen = len(order) // len(places.tokens)
         self._write(module, taken.rows[order].reshape(-1, chosen, taken.rows.shape[1]), places, sort=True)
-        self._write(module + _EXPERT, experts[order].reshape(-1, chosen), places, sort=True)
+        self._write(module + EXPERT, experts[order].reshape(-1, chosen), places, sort=True)
 
     def _write(self, source: str, rows: Tensor, places: TokenPlaces, *, sort: bool = False) -> None:
         """Put rows into their places.

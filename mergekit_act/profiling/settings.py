@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mergekit_act.abilities import AbilitySamples
+from mergekit_act.criteria import WITHOUT_DATA
 from mergekit_act.devices import default_device, default_dtype, dtype_name, usable_device
 from mergekit_act.profiling.pair import ModelPair
 from mergekit_act.runs.processes import Processes
@@ -65,7 +66,7 @@ class ProfilingSettings:
         """
         if self.points != 1 and self.criterion != "attribution":
             raise ValueError(f"points belong to the criterion attribution, not to {self.criterion}")
-        if self.inputs and (self.points != 1 or self.criterion in ("weight", "random")):
+        if self.inputs and (self.points != 1 or self.criterion in WITHOUT_DATA):
             raise ValueError(
                 "inputs are the target's on samples: they are kept with activation, local, and attribution of 1 point"
             )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mergekit_act.artifacts import Profile, load_profile
 from mergekit_act.channels import Layout
+from mergekit_act.criteria import WITHOUT_DATA
 from mergekit_act.groups import Groups
 from mergekit_act.report.parts import file_name
 from mergekit_act.selection import excluded_modules, rank_channels, validate_density
@@ -25,7 +26,6 @@ __all__ = ["DENSITIES", "Comparison", "Pair", "Scored", "load_comparison"]
 
 DENSITIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 _STEPS = 100  # thresholds of a distribution
-_WITHOUT_DATA = ("weight", "random")
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +212,7 @@ def _pairs(loaded: Sequence[_Loaded], layout: Layout, modules: set[str]) -> list
         return Scored(label, stem, one.path, one.profile, one.ranks, ordered[place], own, exceeding, damage)
 
     for pair_label, places in zip(pair_labels, groups.values(), strict=True):
-        controls = [place for place in places if loaded[place].profile.criterion in _WITHOUT_DATA]
+        controls = [place for place in places if loaded[place].profile.criterion in WITHOUT_DATA]
         by_criterion: dict[str, list[int]] = {}
         for place in places:
             if place not in controls:
