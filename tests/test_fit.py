@@ -14,6 +14,7 @@ import yaml
 from click.testing import CliRunner
 from merges import act_config, check, merged, random_mask, refusal
 from samples import as_ability, random_samples
+from tiny import make_model, tiny_config
 
 from mergekit_act.abilities import AbilitySamples
 from mergekit_act.artifacts import Inputs, load_inputs, save_inputs
@@ -336,6 +337,21 @@ def test_a_templates_tokens_are_taken_once_with_their_weight(pair_of):
     torch.testing.assert_close(squares, normed.square().mean(0), rtol=1e-4, atol=1e-6)
     shares = torch.bincount(torch.cat([torch.tensor(ids) for ids, _ in samples]), minlength=128) / 81
     torch.testing.assert_close(inputs.tensors["recover.model.embed_tokens"], shares)
+
+
+@pytest.mark.parametrize(("width", "rows"), [(16, range(64, 65)), (256, range(65, 512))])
+def test_a_file_of_inputs_has_a_tenth_of_the_models_bytes_but_some_rows_at_least(tmp_path, width, rows):
+    config = tiny_config("llama", hidden_size=width, intermediate_size=2 * width)
+    pair = open_pair(*(str(make_model(config, tmp_path / str(seed), seed=seed)) for seed in (1, 2)))
+    samples = [sample for seed in range(12) for sample in random_samples(seed)]
+    roles = {"one": "recover"}
+    inputs = measure_pair(pair, [as_ability(samples, "one")], ProfilingSettings(**SETTINGS), roles=roles)[1]
+    taken = inputs.roles["recover"]
+    assert taken["tokens"] > 512
+    assert taken["rows"] in rows
+    written = sum(tensor.nbytes for tensor in inputs.tensors.values() if tensor.dtype == torch.float8_e4m3fn)
+    model = sum(header.size for header in pair.target.headers.values())
+    assert width == 16 or 0.09 * model < written < 0.1 * model
 
 
 def test_profiles_and_inputs_of_other_settings_are_refused(profiled, tmp_path):
