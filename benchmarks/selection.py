@@ -33,7 +33,7 @@ FITTED = (0.05, 0.2, 0.4)
 WEIGHTS = (1.0, 0.7, 0.5, 0.3)
 KEPT = 0.97
 VALIDATION = 0.4
-HEADER = ["rule", "parameters", "channels", "weight", "kept", "likelihood kept", "nll to recover", "exact"]
+HEADER = ["rule", "parameters", "density", "weight", "kept", "likelihood kept", "nll to recover", "exact"]
 
 
 class Measured:
@@ -117,22 +117,20 @@ def rules(profiles, kept, exclude):
     return made
 
 
-def density_of(profile, share, options):
-    """The density whose channels own so much of the parameters, and whether there are so many."""
+def density_of(profiles, share, options):
+    """The density per profile with which their union owns so much of the parameters."""
     from mergekit_act.selection import excluded_modules, rank_channels
 
-    layout = profile.layout
-    sizes = [profile.scores[module].numel() for module in layout.modules]
-    owned = [layout.parameters_per_channel(module) for module in layout.modules]
-    ranks = rank_channels(profile, **options)
-    weights = torch.repeat_interleave(torch.tensor(owned), torch.tensor(sizes))
-    chosen = ranks < len(ranks)
-    total = torch.zeros(len(ranks), dtype=torch.long)
-    total[ranks[chosen]] = weights[chosen]
+    layout = profiles[0].layout
+    sizes = torch.tensor([profiles[0].scores[module].numel() for module in layout.modules])
+    owned = torch.repeat_interleave(torch.tensor([layout.parameters_per_channel(m) for m in layout.modules]), sizes)
+    # A channel is in the union of the profiles' first k if its best rank is below k.
+    ranks = torch.stack([rank_channels(profile, **options) for profile in profiles]).amin(0)
+    ranked = ranks < len(ranks)
+    total = torch.zeros(len(ranks), dtype=torch.long).index_add_(0, ranks[ranked], owned[ranked])
     k = max(1, int((total.cumsum(0) <= share * layout.parameter_count()).sum()))
-    k = min(k, int(chosen.sum()))
     excluded = excluded_modules(layout, options.get("exclude", ()))
-    taking_part = sum(size for module, size in zip(layout.modules, sizes, strict=True) if module not in excluded)
+    taking_part = sum(int(n) for module, n in zip(layout.modules, sizes, strict=True) if module not in excluded)
     return min(1.0, (k + 0.5) / taking_part)
 
 
@@ -282,7 +280,7 @@ def main(folder: Path, abilities: str, kept_by: str, exclude, only, fit_keep, fi
                 shares = (1.0,) if rule in ("task arithmetic", "all rows") else shares
                 weights = (*WEIGHTS, 0.2, 0.1) if rule == "task arithmetic" else WEIGHTS
                 for share in shares:
-                    density = 1.0 if share == 1 else density_of(chosen[0], share, options)
+                    density = 1.0 if share == 1 else density_of(chosen, share, options)
                     points.append((name, share, density, weights, partial(act, rule, chosen, options, density, fit)))
         found = {}
         for name, share, density, weights, merge in tqdm(points):
