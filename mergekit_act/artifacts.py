@@ -144,7 +144,8 @@ class Inputs:
         layout: what the modules' channels own.
         sources: module -> the name of its source; modules that share their input share it.
         target: the target model: ``model``, ``revision``, ``fingerprint``.
-        roles: ``recover`` and ``keep`` -> ``abilities``, ``samples``, ``tokens`` and ``rows`` taken of these.
+        roles: ``recover`` and ``keep`` -> ``abilities``, their ``data`` settings, ``samples``, ``tokens`` and ``rows``
+            taken of these.
     """
 
     tensors: Mapping[str, Tensor]

@@ -22,6 +22,7 @@ from mergekit_act.wording import shown_density
 
 __all__ = [
     "Retention",
+    "check_one_criterion",
     "common_counts",
     "describe_selection",
     "excluded_modules",
@@ -206,6 +207,22 @@ def _check_same_pair(profile: Profile, retained: Profile) -> None:
             raise ValueError(f"{both} are of different pairs: {ours.get('model')} and {theirs.get('model')}")
 
 
+def check_one_criterion(profiles: Sequence[Profile]) -> None:
+    """That scores may be ranked side by side.
+
+    Raises:
+        ValueError: they are by different criteria, or by one with different settings.
+    """
+    criteria = list(dict.fromkeys(profile.criterion for profile in profiles))
+    if len(criteria) > 1:
+        raise ValueError(f"the profiles are by different criteria, {' and '.join(criteria)}; a mask is by one")
+    for option, default in (("points", 1), ("center_logits", False)):
+        values = list(dict.fromkeys(profile.data.get(option, default) for profile in profiles))
+        if len(values) > 1:
+            shown = " and ".join(map(str, values))
+            raise ValueError(f'the profiles were made with different settings, "{option}" {shown}; a mask is by one')
+
+
 def excluded_modules(layout: Layout, exclude: Sequence[str]) -> set[str]:
     """The modules that match any of the globs.
 
@@ -298,9 +315,7 @@ def make_mask(
                 f'the profiles of "{profiles[0].ability}" and "{other.ability}" are of models with different modules; '
                 "a mask is for one model"
             )
-    criteria = list(dict.fromkeys(profile.criterion for profile in profiles))
-    if len(criteria) > 1:
-        raise ValueError(f"the profiles are by different criteria, {' and '.join(criteria)}; a mask is by one")
+    check_one_criterion(profiles)
     union = unite(select_channels(profile, density, exclude=exclude, retain=retain) for profile in profiles)
     union = {module: union[module] for module in layout.modules if module in union}
     excluded = excluded_modules(layout, exclude)
@@ -389,8 +404,15 @@ def predicted_effects(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     gains = {str(source.get("ability")): source["gain"] for source in sources if source.get("gain") is not None}
     kept = [one for source in sources for one in (source.get("retain") or {}).get("abilities") or ()]
     losses = {str(one.get("ability")): one["loss"] for one in kept if one.get("loss") is not None}
-    said = [f"{ability} falls by {gain:.3g}" for ability, gain in gains.items()]
-    said += [f"{ability} rises by {loss:.3g}" for ability, loss in losses.items()]
-    if not said:
+    changes = {ability: -gain for ability, gain in gains.items()} | losses
+    if not changes:
         return []
-    return [f"expected at weight 1, channel by channel: the loss of {', of '.join(said)} nats per answer token"]
+    said = (f"{ability} {'rises' if change > 0 else 'falls'} by {_nats(change)}" for ability, change in changes.items())
+    return [
+        f"expected at weight 1, not fitted: the loss of {', of '.join(said)} nats per answer token; that is the sum of "
+        "what each channel does alone, together they do less"
+    ]
+
+
+def _nats(change: float) -> str:
+    return f"{abs(change):.3g}" if abs(change) >= 0.001 else "less than 0.001"

@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,7 +189,7 @@ def test_from_profile_to_fitted_merge_and_sweep(profiled, tmp_path):
         *("mask", "profiles/gained.safetensors", "-o", "mask.safetensors", "--density", "0.3"),
         *("--retain", "profiles/kept.safetensors"),
     )
-    assert "expected at weight 1, channel by channel: the loss of gained falls by" in said
+    assert "expected at weight 1, not fitted: the loss of gained falls by" in said
     assert "of kept rises by" in said
     run("report", "mask.safetensors")
     settings = {"weight": 1.0, "mask": "mask.safetensors", "fit": "profiles/fit/inputs.safetensors"}
@@ -207,6 +211,10 @@ def test_from_profile_to_fitted_merge_and_sweep(profiled, tmp_path):
     card = (tmp_path / "fitted/README.md").read_text()
     assert "--criterion attribution" in card
     assert "the loss of gained falls by" in card
+    follow(card, tmp_path / "fitted", tmp_path / "away")
+    again = tmp_path / "away/again/model.safetensors"
+    assert again.read_bytes() == (tmp_path / "fitted/model.safetensors").read_bytes()
+    assert (tmp_path / "away/fit" / copied.name).read_bytes() == copied.read_bytes()
     ties = merged(
         act_config(target, (ability, settings | {"density": 1.0}), merge_method="act_ties"), tmp_path / "ties"
     )
@@ -250,6 +258,21 @@ def test_from_profile_to_fitted_merge_and_sweep(profiled, tmp_path):
     assert nll["gained"] == pytest.approx(float(row["nll:gained"]), rel=1e-5)
 
 
+def follow(card: str, folder: Path, away: Path) -> None:
+    """What a card says, in a folder that has the files it names and nothing else."""
+    lines = [line for block in card.split("```sh\n")[1:] for line in block.split("```")[0].splitlines()]
+    assert "role: keep" in (folder / "abilities.yml").read_text()
+    away.mkdir()
+    for path in (folder / "act.yml", folder / "abilities.yml", folder.parent / "sums.jsonl"):
+        shutil.copy(path, away / path.name)
+    for line in lines[1:]:
+        command = [sys.executable, "-m", *line.replace("mergekit-act", "mergekit_act").split()]
+        if line.startswith("mergekit-yaml"):
+            command[2:3] = ["mergekit_act", "merge"]
+        done = subprocess.run(line.split() if line.split()[0] in ("mkdir", "cp") else command, cwd=away, check=False)
+        assert done.returncode == 0, line
+
+
 def test_what_is_wrong_with_a_fit_is_told_before_the_first_tensor(profiled, pair_of, tmp_path):
     target, ability = profiled()
     random_mask(target, ability, tmp_path / "m.safetensors")
@@ -260,8 +283,8 @@ def test_what_is_wrong_with_a_fit_is_told_before_the_first_tensor(profiled, pair
 
     assert 'fit "nowhere.safetensors" does not exist' in said(fit="nowhere.safetensors")
     assert "is a mask; expected inputs" in said(fit="m.safetensors")
-    assert "greater than 0" in said(fit_ridge=0)
-    assert "greater than or equal to 0" in said(fit_keep=-1)
+    assert "fit_ridge is 0; expected a number above 0" in said(fit_ridge=0)
+    assert "fit_keep is -1; expected a number of at least 0" in said(fit_keep=-1)
     inputs = load_inputs(tmp_path / "profiles/fit/inputs.safetensors")
     for name, changed, what in (
         ("keep", replace(inputs, roles={"recover": inputs.roles["recover"]}), "or set fit_keep: 0"),
@@ -319,7 +342,8 @@ def test_a_templates_tokens_are_taken_once_with_their_weight(pair_of):
     pair = open_pair(str(target), str(ability))
     settings = ProfilingSettings(**SETTINGS)
     inputs = measure_pair(pair, [as_ability(samples, "one")], settings, roles={"one": "recover"})[1]
-    assert inputs.roles["recover"] == {"abilities": ["one"], "samples": 3, "tokens": 41, "rows": 41}
+    taken = {"abilities": ["one"], "data": {"one": {}}, "samples": 3, "tokens": 41, "rows": 41}
+    assert inputs.roles["recover"] == taken
     model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     seen: dict[str, list[torch.Tensor]] = {"up": [], "norm": []}
     layer = model.model.layers[1]

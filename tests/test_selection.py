@@ -273,3 +273,12 @@ def test_criteria_are_not_mixed():
         make_mask([first, second], 0.5)
     with pytest.raises(ValueError, match="by different criteria: activation and attribution"):
         rank_channels(first, retain=Retention([second]))
+
+
+@pytest.mark.parametrize("option", ["points", "center_logits"])
+def test_a_mask_is_by_scores_of_one_kind(option):
+    second = profile({"a": [1.0, 2.0]})
+    first = replace(second, data={option: 2})
+    make_mask([first, first], 0.5)
+    with pytest.raises(ValueError, match=f'made with different settings, "{option}" 2 and'):
+        make_mask([first, second], 0.5)

@@ -125,8 +125,9 @@ def _block(files: Sequence[_File], sources: Sequence[Source]) -> list[str]:
             rows.append([*first, *names, link_dataset(source.get("data") or {}), selected, *counts, channels])
     header = ["file", "kind", "ability", "models compared", "data set", "channels by", "samples", "answer tokens"]
     return [
-        f"Scores and selections of channels, for [ACT]({PAPER}) with mergekit-act: how far the activations of an "
-        "ability model and of a target differ on an ability's answers.",
+        f"Scores and selections of channels, for [ACT]({PAPER}) with mergekit-act: by *activation*, how far the "
+        "activations of an ability model and of a target differ on an ability's answers; by *local* and *attribution*, "
+        "what moving a channel does to the target's output there, and to its loss.",
         table([*header, "channels"], rows, left=6),
         "In a merge config of [mergekit](https://github.com/arcee-ai/mergekit), with mergekit-act installed:",
         fence("yaml", _example(files)),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mergekit_act.artifacts import Mask
+from mergekit_act.artifacts import Inputs, Mask
 from mergekit_act.cards.markdown import Source
 from mergekit_act.cards.masks import MaskFile
 from mergekit_act.criteria import WITHOUT_DATA
@@ -48,11 +48,15 @@ class _ProfileCall:
         head: the abilities file but for its abilities.
         options: of the command.
         abilities: name -> settings; empty for profiles without data.
+        kept: which of them are to be kept.
+        inputs: whether it keeps inputs.
     """
 
     head: dict[str, Any]
     options: list[str]
     abilities: dict[str, Any] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)
+    inputs: bool = False
 
 
 class Instructions:
@@ -63,13 +67,20 @@ class Instructions:
         local: models, data and chat templates that are no Hub ids, as the files name them.
     """
 
-    def __init__(self, masks: Sequence[MaskFile], target: str = "", ability_models: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        masks: Sequence[MaskFile],
+        target: str = "",
+        ability_models: Sequence[str] = (),
+        fits: Mapping[str, Inputs] | None = None,
+    ) -> None:
         """Find the profiles that masks were made of.
 
         Args:
             masks: as they lie in the merge's folder.
             target: the merge's; a profile's target of the same name is written likewise.
             ability_models: the merge's, likewise.
+            fits: the files of inputs that rows are fitted to, as they lie in the merge's folder -> what they hold.
         """
         self._masks = {mask.copy: mask.artifact for mask in masks}
         self._models = {"target": _by_name([target]), "ability_model": _by_name(ability_models)}
@@ -78,8 +89,13 @@ class Instructions:
         self.local: list[str] = []
         for mask in masks:
             for source in mask.sources:
-                for profile in _with_retained(source):
-                    self._add(profile)
+                self._add(source)
+                for profile in _retained(source):
+                    self._runs[self._add(profile)].kept.add(str(profile.get("ability")))
+        self._fits = {
+            copy: self._add_inputs(inputs, [str(target), *map(str, ability_models[:1])])
+            for copy, inputs in (fits or {}).items()
+        }
         self._folders = _numbered("profiles", "", len(self._runs))
         with_data = [run for run in self._runs if run.abilities]
         self.files = dict(
@@ -101,7 +117,8 @@ class Instructions:
             file = next((self._file_of[id(other)] for other in (run, *self._runs) if self._serves(other, run)), None)
             if file is None:
                 lines.append(["#", "ABILITIES.yml:", "any", "abilities", "file", "of", *run.head.values()])
-            lines.append(["mergekit-act", "profile", file or "ABILITIES.yml", folder, *run.options, *flags])
+            kept = ["--inputs"] if run.inputs else []
+            lines.append(["mergekit-act", "profile", file or "ABILITIES.yml", folder, *run.options, *kept, *flags])
         if any(not isinstance(mask, Mask) for mask in self._masks.values()):
             lines.append(["mkdir", "-p", "masks"])
         for path, mask in self._masks.items():
@@ -109,21 +126,23 @@ class Instructions:
                 lines.append(["cp", self._profile(mask.described()), path])
             elif mask.sources:
                 lines.append(self._mask_command(path, mask))
+        if self._fits:
+            lines.append(["mkdir", "-p", "fit"])
+        lines += [["cp", f"{self._folders[place]}/fit/inputs.safetensors", copy] for copy, place in self._fits.items()]
         return "\n".join(escape(" ".join(line)) if line[0] == "#" else shell_line(line) for line in lines)
 
     def _serves(self, other: _ProfileCall, run: _ProfileCall) -> bool:
         """Whether another run's abilities file is of the same two models."""
         return id(other) in self._file_of and all(other.head[role] == run.head[role] for role in self._models)
 
-    def _add(self, source: Source) -> None:
-        """Put a profile into the run that made it, or may have."""
+    def _add(self, source: Source) -> int:
+        """Put a profile into the run that made it, or may have; says which one."""
         data = source.get("data") or {}
         head: dict[str, Any] = {role: self._reference(role, source.get(role) or {}) for role in self._models}
         settings: dict[str, Any] = {}
         if source.get("criterion") not in WITHOUT_DATA and "dataset" in data:
             head |= {key: data[key] for key in AbilitiesFile.model_fields if key in data}
-            defaults = {key: one.get_default(call_default_factory=True) for key, one in Ability.model_fields.items()}
-            settings = {key: data[key] for key in defaults if key in data and data[key] != defaults[key]}
+            settings = _settings(data)
         options, name = _options(source), str(source.get("ability"))
         fits = (
             place
@@ -134,10 +153,42 @@ class Instructions:
         if place == len(self._runs):
             self._runs.append(_ProfileCall(head, options))
         if settings:
-            self._runs[place].abilities[name] = settings
-            self.local += [data["dataset"]] if not data.get("on_hub") else []
-            self.local += [data["chat_template"]] if data.get("chat_template") else []
+            self._take(place, name, data)
         self._run_of[_key(source)] = place
+        return place
+
+    def _take(self, place: int, name: str, data: Mapping[str, Any]) -> None:
+        self._runs[place].abilities[name] = _settings(data)
+        self.local += [data["dataset"]] if not data.get("on_hub") else []
+        self.local += [data["chat_template"]] if data.get("chat_template") else []
+
+    def _add_inputs(self, inputs: Inputs, models: Sequence[str]) -> int:
+        """Have a run keep inputs: one that has some of their abilities, if there is one; says which one.
+
+        Which tokens are taken depends on the order of a role's abilities.
+        """
+        data = {name: one for said in inputs.roles.values() for name, one in said.get("data", {}).items()}
+        settings = {name: _settings(one) for name, one in data.items()}
+
+        def serves(run: _ProfileCall) -> bool:
+            common = settings.keys() & run.abilities.keys()
+            return bool(common) and all(run.abilities[name] == settings[name] for name in common)
+
+        place = next((place for place, run in enumerate(self._runs) if serves(run)), len(self._runs))
+        if place == len(self._runs):
+            head: dict[str, Any] = dict(zip(self._models, models, strict=False))
+            common = next(iter(data.values()), {})
+            head |= {key: common[key] for key in AbilitiesFile.model_fields if key in common}
+            self._runs.append(_ProfileCall(head, []))
+        run = self._runs[place]
+        others, run.abilities = run.abilities, {}
+        for name, one in data.items():
+            self._take(place, name, one)
+        run.abilities |= {name: own for name, own in others.items() if name not in data}
+        run.kept |= set(inputs.roles.get("keep", {}).get("abilities", ()))
+        run.kept -= set(inputs.roles.get("recover", {}).get("abilities", ()))
+        run.inputs = True
+        return place
 
     def _mask_command(self, path: str, mask: Mask) -> list[str]:
         """The command that made a mask: its sources share all settings."""
@@ -180,7 +231,14 @@ def _numbered(stem: str, suffix: str, count: int) -> list[str]:
 
 
 def _abilities_file(run: _ProfileCall) -> str:
-    return yaml.safe_dump(run.head | {"abilities": run.abilities}, sort_keys=False, allow_unicode=True, width=100)
+    abilities = {name: {"role": "keep"} | own if name in run.kept else own for name, own in run.abilities.items()}
+    return yaml.safe_dump(run.head | {"abilities": abilities}, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What an abilities file says of an ability whose data were resolved; what is a default is left out."""
+    defaults = {key: one.get_default(call_default_factory=True) for key, one in Ability.model_fields.items()}
+    return {key: data[key] for key in defaults if key in data and data[key] != defaults[key]}
 
 
 def _key(source: Source) -> str:
@@ -207,7 +265,6 @@ def _options(source: Source) -> list[str]:
     return ["--dtype", str(source["dtype"]), *options] if source.get("dtype") else options
 
 
-def _with_retained(source: Source) -> Iterator[Source]:
-    """A profile, and those of the abilities that were spared when it was ranked."""
-    yield source
-    yield from (source.get("retain") or {}).get("abilities") or ()
+def _retained(source: Source) -> Sequence[Source]:
+    """The profiles of the abilities that were spared when another was ranked."""
+    return (source.get("retain") or {}).get("abilities") or ()

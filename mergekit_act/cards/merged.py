@@ -13,6 +13,7 @@ from mergekit.card import generate_card
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_act.artifacts import load_inputs
 from mergekit_act.cards.instructions import Instructions
 from mergekit_act.cards.markdown import (
     Readme,
@@ -74,9 +75,10 @@ def write_merge_card(
         raise ValueError(f"{merged} is a merge by {config.get('merge_method')}; card tells of merges by act and act_*")
     summary = check_config(merged / _CONFIG, options)
     masks = find_masks(summary.masks)
-    instructions = Instructions(masks, summary.target, summary.ability_models)
     results = None if evaluation is None else read_results(evaluation, merged, evaluated_as)
     fits = {setting: (path, f"fit/{file_hash(path)[:8]}-{path.name}") for setting, path in find_fits(config).items()}
+    inputs = {copy: load_inputs(source) for source, copy in fits.values()}
+    instructions = Instructions(masks, summary.target, summary.ability_models, inputs)
     files = _files(config, masks, fits, instructions) | dict(draw(summary))
     changed = [name for name, content in files.items() if not _is(merged / name, content)]
     taken = [str(merged / name) for name in changed if (merged / name).exists()]

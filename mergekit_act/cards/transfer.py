@@ -133,8 +133,8 @@ def _again(
         yield fence("sh", made)
     if fits:
         yield (
-            "The selected rows were fitted to inputs of the target's modules, which are in the folder `fit`; "
-            "`mergekit-act profile --inputs` makes such a file."
+            "The selected rows are fitted to inputs of the target's modules. The same commands make them; they are in "
+            "the folder `fit` here."
         )
     yield "The merge:"
     yield fence("sh", shell_line(["mergekit-yaml", "act.yml", "./again", *_flags(options, *_OPTIONS)]))

@@ -16,7 +16,7 @@ from mergekit_act.channels import Layout
 from mergekit_act.files import file_state
 from mergekit_act.merging.hub import HUB, fetch_mask_files
 from mergekit_act.merging.kernel import TensorSelection
-from mergekit_act.selection import select_channels, unite, validate_density
+from mergekit_act.selection import check_one_criterion, select_channels, unite, validate_density
 
 __all__ = ["MaskFiles", "find_mask_files", "load_mask_files"]
 
@@ -74,7 +74,9 @@ def _local_files(part: str, key: str) -> list[Path]:
     matches = sorted(glob.glob(part, recursive=True)) if is_glob else [part]
     files = [Path(match) for match in matches if Path(match).is_file()]
     if not files and Path(part).is_dir():
-        raise FileNotFoundError(f'{key} "{part}" is a folder; write "{part}/*.safetensors" for all in it')
+        remedy = f'name a file, such as "{part}/fit/inputs.safetensors"'
+        remedy = remedy if key == "fit" else f'write "{part}/*.safetensors" for all in it'
+        raise FileNotFoundError(f'{key} "{part}" is a folder; {remedy}')
     if not files:
         what = "matches no file" if is_glob else "does not exist"
         raise FileNotFoundError(f'{key} "{part}" {what} (relative to {Path.cwd()})')
@@ -113,12 +115,10 @@ def _load_mask_files(files: tuple[Path, ...], _states: tuple[tuple[int, ...], ..
             raise ValueError(f"{path} is a mask; its density was chosen when it was made. Remove mask_density")
         else:
             selections.append(dict(artifact.channels))
-    criteria = list(dict.fromkeys(artifact.criterion for artifact in artifacts if isinstance(artifact, Profile)))
-    if len(criteria) > 1:
-        raise ValueError(
-            f"{', '.join(map(str, files))}: the profiles are by different criteria, {' and '.join(criteria)}; a "
-            "mask is by one"
-        )
+    try:
+        check_one_criterion([artifact for artifact in artifacts if isinstance(artifact, Profile)])
+    except ValueError as error:
+        raise ValueError(f"{', '.join(map(str, files))}: {error}") from error
     layout = artifacts[0].layout
     for path, artifact in zip(files[1:], artifacts[1:], strict=True):
         if not layout.fits(artifact.layout):

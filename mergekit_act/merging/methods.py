@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -21,7 +23,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 from mergekit.merge_methods.registry import register, registered_methods
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from mergekit_act.merging.fit import FitSetting, fitted_selection
@@ -39,6 +41,19 @@ LEFT_OUT = frozenset({"slerp", "nearswap", "arcee_fusion", "model_stock"})
 
 #: Defaults of a fit.
 FIT_KEEP, FIT_RIDGE = 0.3, 0.001
+
+
+def _at_least_0(name: str, value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value:g}; expected a number of at least 0")
+    return value
+
+
+def _above_0(name: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value:g}; expected a number above 0")
+    return value
+
 
 _MASK_PARAMETERS = (
     ParameterSpec(
@@ -64,14 +79,14 @@ _MASK_PARAMETERS = (
     ),
     ParameterSpec(
         "fit_keep",
-        Annotated[float, Field(ge=0, allow_inf_nan=False)],
+        Annotated[float, AfterValidator(partial(_at_least_0, "fit_keep"))],
         ParameterScope.NON_BASE,
         default=FIT_KEEP,
         description="how much a change on inputs to keep weighs against what is missing on those to recover",
     ),
     ParameterSpec(
         "fit_ridge",
-        Annotated[float, Field(gt=0, allow_inf_nan=False)],
+        Annotated[float, AfterValidator(partial(_above_0, "fit_ridge"))],
         ParameterScope.NON_BASE,
         default=FIT_RIDGE,
         description="damping, as a share of the mean square of an input to recover",

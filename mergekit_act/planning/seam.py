@@ -178,6 +178,13 @@ def _refresh(models: Iterable[ModelReference], options: Any) -> None:
             merged.make(trust_remote_code=options.trust_remote_code)
 
 
+def _wrong_value(detail: Mapping[str, Any]) -> str:
+    """Ours name the parameter; pydantic does not know it."""
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    return f"a parameter has a wrong value: {detail['msg']}, got {detail['input']!r}"
+
+
 @contextmanager
 def _one_sentence() -> Iterator[None]:
     """What mergekit, pydantic and files say of a wrong value comes as many kinds of error; users get one kind."""
@@ -186,7 +193,6 @@ def _one_sentence() -> Iterator[None]:
     except MergeConfigError:
         raise
     except ValidationError as error:
-        shown = "; ".join(f"{detail['msg']}, got {detail['input']!r}" for detail in error.errors())
-        raise MergeConfigError([f"a parameter has a wrong value: {shown}"]) from error
+        raise MergeConfigError([_wrong_value(detail) for detail in error.errors()]) from error
     except (ValueError, RuntimeError, OSError) as error:
         raise MergeConfigError([one_line(error)]) from error

@@ -103,6 +103,7 @@ class InputSample:
             rows |= {token: row for row, token in enumerate(chosen)}
             self.roles[role] = {
                 "abilities": [ability.name for _, ability in own],
+                "data": {ability.name: ability.data for _, ability in own},
                 "samples": sum(len(ability.samples) for _, ability in own),
                 "tokens": len(common) + len(tokens),
                 "rows": len(chosen),

@@ -84,6 +84,9 @@ class Grid:
         for weight in weights:
             if not math.isfinite(weight) or weight == 0:
                 raise ValueError(f"weight is {weight}; expected a number other than 0, such as 0.4")
+        for fit in self.fits:
+            if not Path(fit).is_file():
+                raise FileNotFoundError(f"{fit} is no file; profile --inputs writes such files, fit/inputs.safetensors")
         hashes = {"": "", **{fit: file_hash(Path(fit))[:16] for fit in self.fits}}
         alike = ((weight,) * models for weight in weights)
         shared = sorted(dict.fromkeys(itertools.product(weights, repeat=models) if self.per_model else alike))
