@@ -177,7 +177,7 @@ class Instructions:
         place = next((place for place, run in enumerate(self._runs) if serves(run)), len(self._runs))
         if place == len(self._runs):
             head: dict[str, Any] = dict(zip(self._models, models, strict=False))
-            common = next(iter(data.values()), {})
+            common: Mapping[str, Any] = next(iter(data.values()), {})
             head |= {key: common[key] for key in AbilitiesFile.model_fields if key in common}
             self._runs.append(_ProfileCall(head, []))
         run = self._runs[place]
