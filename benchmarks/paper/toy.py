@@ -1,0 +1,133 @@
+"""The setting `toy`: the demo's invented languages, and tiny models that are trained on the spot."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from experiment import Experiment, Setting
+from transformers import AutoModelForCausalLM
+
+from mergekit_act.demo.tasks import DOMAINS, LANGUAGES, Row, all_rows
+from mergekit_act.demo.training import build_model, build_tokenizer, train
+from mergekit_act.finetuning import Recipe
+
+__all__ = ["make_setting"]
+
+KEPT = ("latin", "greek")  # the target is trained on mathematics in these
+PROFILED = 32
+RECIPE = Recipe(epochs=10, learning_rate=2e-4, micro_batch=16, gradient_checkpointing=False, dtype="float32")
+STEPS = {"base": 850, "ability": 100, "target": 400, "early": 350, "specialist": 150}
+ABOUT = """Models of 0.8 M parameters in four invented languages and three domains (`mergekit-act demo`): the ability
+model is good at all of them, the target was trained on mathematics in two languages until it had forgotten the rest.
+To be recovered are facts in four languages, to be kept mathematics in two; the others are logic in four and
+mathematics in the other two languages. The specialists of table 4 are a base that knows little
+of all three domains, trained on one each."""
+
+
+def make_setting(folder: Path, *, quick: bool) -> Setting:
+    """Train what is missing; a quick setting has one seed, models that know little, and no fine-tuning."""
+    seeds = range(1 if quick else 5)
+    steps = {name: 12 if quick else count for name, count in STEPS.items()}
+    made = [_make(folder / str(seed), seed, steps) for seed in seeds]
+    return Setting(
+        name="toy",
+        about=ABOUT,
+        experiments=tuple(made),
+        specialists=_make_specialists(folder / "0", steps),
+        pairs=tuple(_pairs(folder / "0", steps)),
+        exclude=("lm_head", "model.embed_tokens"),
+        recipe=None if quick else RECIPE,
+    )
+
+
+def _make(folder: Path, seed: int, steps: dict[str, int]) -> Experiment:
+    rows, tokenizer = all_rows(), build_tokenizer()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "target").exists():
+        base = build_model(tokenizer, rope_theta=1_000_000.0, seed=seed)
+        train(base, tokenizer, rows, range(steps["base"]), learning_rate=3e-3, seed=3 * seed)
+        _save(base, tokenizer, folder / "base")
+        ability = copy.deepcopy(base)
+        train(ability, tokenizer, rows, range(steps["ability"]), learning_rate=5e-4, seed=3 * seed + 1)
+        _save(ability, tokenizer, folder / "ability")
+        target = _forgetful(base, tokenizer, "math", steps["target"], seed=3 * seed + 2)
+        _save(target, tokenizer, folder / "target")
+    _write_rows(folder, rows)
+    recovered = {f"facts-{language}": "recover" for language in LANGUAGES}
+    kept = {f"math-{language}": "keep" for language in KEPT}
+    others = {f"logic-{language}": "keep" for language in LANGUAGES}
+    others |= {f"math-{language}": "keep" for language in LANGUAGES if language not in KEPT}
+    file = _write(folder / "abilities.yml", folder, "target", "ability", recovered | kept)
+    return Experiment(f"math-{seed}", (file,), _write(folder / "others.yml", folder, "target", "ability", others))
+
+
+def _forgetful(base: Any, tokenizer: Any, domain: str, steps: int, *, seed: int) -> Any:
+    """A base after training on one domain in two languages; as Qwen2.5-Math does, it has another rope_theta."""
+    target = build_model(tokenizer, rope_theta=10_000.0)
+    target.load_state_dict(base.state_dict())
+    rows = [row for row in all_rows() if row.domain == domain and row.language in KEPT]
+    train(target, tokenizer, rows, range(steps), learning_rate=2e-3, seed=seed)
+    return target
+
+
+def _make_specialists(folder: Path, steps: dict[str, int]) -> Experiment:
+    """One of each domain, from a base that was trained on all of them for a short while."""
+    tokenizer, rows, files = build_tokenizer(), all_rows(), []
+    if not (folder / "early").exists():
+        early = build_model(tokenizer, rope_theta=1_000_000.0)
+        train(early, tokenizer, rows, range(steps["early"]), learning_rate=3e-3, seed=0)
+        _save(early, tokenizer, folder / "early")
+    for seed, domain in enumerate(DOMAINS):
+        name = f"specialist-{domain}"
+        if not (folder / name).exists():
+            model = AutoModelForCausalLM.from_pretrained(folder / "early")
+            own = [row for row in rows if row.domain == domain]
+            train(model, tokenizer, own, range(steps["specialist"]), learning_rate=1e-3, seed=seed)
+            _save(model, tokenizer, folder / name)
+        roles = {f"{domain}-{language}": "recover" for language in LANGUAGES}
+        files.append(_write(folder / f"{name}.yml", folder, "early", name, roles))
+    return Experiment("specialists-0", tuple(files))
+
+
+def _pairs(folder: Path, steps: dict[str, int]) -> Iterator[Path]:
+    """The same abilities for two pairs: the ability model, and targets that were trained on other domains."""
+    tokenizer = build_tokenizer()
+    if not (folder / "logic").exists():
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        _save(_forgetful(base, tokenizer, "logic", steps["target"], seed=0), tokenizer, folder / "logic")
+    every = {f"{domain}-{language}": "recover" for domain in ("math", "facts") for language in LANGUAGES}
+    yield _write(folder / "target-and-ability.yml", folder, "target", "ability", every)
+    yield _write(folder / "logic-and-ability.yml", folder, "logic", "ability", every)
+
+
+def _save(model: Any, tokenizer: Any, out: Path) -> None:
+    tokenizer.save_pretrained(out)
+    model.save_pretrained(out)
+
+
+def _write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    lines = [json.dumps(vars(row), ensure_ascii=False) for row in rows]
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write(path: Path, folder: Path, target: str, ability: str, roles: dict[str, str]) -> Path:
+    abilities = {}
+    for name, role in roles.items():
+        domain, _, language = name.partition("-")
+        abilities[name] = {
+            "role": role,
+            "dataset": str(folder / "questions.jsonl"),
+            "prompt": "prompt",
+            "answer": "answer",
+            "where": {"domain": domain, "language": language},
+            "samples": PROFILED,
+            "evaluate": {"samples": PROFILED, "max_new_tokens": 4},
+        }
+    written = {"target": str(folder / target), "ability_model": str(folder / ability), "abilities": abilities}
+    path.write_text(yaml.safe_dump(written, sort_keys=False))
+    return path

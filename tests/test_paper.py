@@ -1,0 +1,60 @@
+"""The experiment kit, with few steps and few rules: that all of it runs, and that a second run measures nothing anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import make_model, make_tokenizer, tiny_config
+
+pytest.importorskip("matplotlib")
+
+KIT = Path(__file__).parents[1] / "benchmarks" / "paper"
+
+
+def run(setting: str, folder: Path, **environment: str) -> str:
+    command = [sys.executable, str(KIT), setting, str(folder), "--quick"]
+    environment = os.environ | {"PYTHONHASHSEED": "0"} | environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return (folder / "results.md").read_text(encoding="utf-8")
+
+
+def scores(folder: Path) -> list[dict[str, object]]:
+    lines = [line for path in sorted(folder.rglob("scores.jsonl")) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in lines]
+
+
+def test_toy(tmp_path):
+    page = run("toy", tmp_path)
+    for rule in ("target", "task arithmetic", "TIES", "DARE", "ACT, as in the paper", "attribution over damage"):
+        assert f"| {rule} |" in page
+    for image in ("grid", "distribution"):
+        assert f"![](results/toy-{image}.png)" in page
+        assert (tmp_path / f"results/toy-{image}.png").stat().st_size > 10_000
+    measured = scores(tmp_path)
+    validated = {one["key"] for one in measured if one["key"].startswith("validation")}
+    assert len(validated) > 15
+    assert not any("intervals" in one for one in measured if one["key"] in validated)  # of test samples alone
+    assert run("toy", tmp_path) == page
+    assert scores(tmp_path) == measured
+
+
+def test_qwen_with_models_and_data_that_stand_in(tmp_path):
+    models, data, tokenizer = tmp_path / "models", tmp_path / "data", make_tokenizer()
+    data.mkdir()
+    for seed, name in enumerate(("Math-7B", "7B", "Coder-7B", "Math-1.5B", "1.5B")):
+        config = tiny_config("qwen2", max_position_embeddings=256)
+        make_model(config, models / f"Qwen2.5-{name}-Instruct", seed=seed, tokenizer=tokenizer)
+    columns = {"science": ("question", "answer"), "math": ("query", "response"), "code": ("input", "output")}
+    for name, (prompt, answer) in columns.items():
+        subjects = ("physics", "chemistry", "biology")
+        rows = [{prompt: f"{n}+{n}", answer: str(2 * n), "subject": subjects[n % 3]} for n in range(40)]
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = run("qwen", tmp_path / "out", QWEN_MODELS=str(models), QWEN_DATA=str(data))
+    assert "`math-7B`" in page
+    assert "| science |" in page
