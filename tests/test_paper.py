@@ -8,10 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from tiny import make_model, make_tokenizer, tiny_config
-
-pytest.importorskip("matplotlib")
 
 KIT = Path(__file__).parents[1] / "benchmarks" / "paper"
 

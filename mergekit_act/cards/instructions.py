@@ -95,6 +95,7 @@ class Instructions:
         self._fits = {
             copy: self._add_inputs(inputs, [str(target), *map(str, ability_models[:1])])
             for copy, inputs in (fits or {}).items()
+            if any(said.get("data") for said in inputs.roles.values())  # or it does not say how it was made
         }
         self._folders = _numbered("profiles", "", len(self._runs))
         with_data = [run for run in self._runs if run.abilities]
