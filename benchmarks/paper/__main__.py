@@ -52,16 +52,16 @@ def main(name: str, folder: Path, page: Path | None, quick: bool) -> None:
     others = measure(setting, first, measured / first.name, controls)[2:]
     merged = []
     if setting.specialists:
-        alone = replace(setting, recipe=None)
-        without_damage = [rule for rule in rules if not rule.retain]  # nothing is to be kept
-        merged = measure(alone, setting.specialists, measured / setting.specialists.name, without_damage)
+        # Nothing is to be kept: no damage, and every weight is tried.
+        some = [replace(rule, shares=rule.shares[1::2] or rule.shares) for rule in rules if not rule.retain]
+        merged = measure(setting, setting.specialists, measured / setting.specialists.name, some)
     found = (
         find(setting, measured / "findings"),
         find(setting, measured / "findings", exclude=setting.exclude),
     )
     images = page.parent / page.stem
     draw_grid(grid(setting, first, measured / first.name), images / f"{setting.name}-grid.png")
-    drawn = measured / "findings" / setting.pairs[0].stem / "report" / "distribution.png"
+    drawn = measured / "findings" / setting.pairs[0].name / "report" / "distribution.png"
     shutil.copyfile(drawn, images / f"{setting.name}-distribution.png")
     versions = ", ".join(
         f"{package} {version}" for package, version in installed_versions("mergekit", "torch", "transformers").items()

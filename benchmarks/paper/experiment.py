@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,15 @@ class Experiment:
         name: what the target was trained on, and the seed, as ``arithmetic-0``.
         files: abilities files of one target, one for each ability model.
         others: an abilities file whose held-out samples are scored besides, of abilities neither recovered nor kept.
+        recipe: of the fine-tuning behind every method; None for none.
+        prepare: makes the models that are missing.
     """
 
     name: str
     files: tuple[Path, ...]
     others: Path | None = None
+    recipe: Recipe | None = None
+    prepare: Callable[[], object] = lambda: None
 
     @property
     def family(self) -> str:
@@ -38,9 +43,8 @@ class Setting:
         about: what it is, in a sentence or two of Markdown.
         experiments: for table 3; the first is also that of figure 5 and of the controls.
         specialists: for table 4: light specialists of one base, to be merged into it.
-        pairs: abilities files that name the same abilities for several pairs, for the findings.
+        pairs: for the findings: files that name the same abilities for several pairs.
         exclude: modules that all rules but the paper's leave out.
-        recipe: of the fine-tuning behind every method; None for none.
         dtype: in which all is computed.
         device: likewise.
     """
@@ -49,8 +53,7 @@ class Setting:
     about: str
     experiments: tuple[Experiment, ...]
     specialists: Experiment | None
-    pairs: tuple[Path, ...]
+    pairs: tuple[Experiment, ...]
     exclude: tuple[str, ...] = ()
-    recipe: Recipe | None = None
     dtype: str = "float32"
     device: str = "cpu"

@@ -51,17 +51,18 @@ def find(setting: Setting, folder: Path, *, exclude: Sequence[str] = ()) -> Foun
     """Profile the pairs where that is still to be done, write a report of the first, and compare."""
     profiles: list[list[Profile]] = []
     weights: list[Profile] = []
-    for path in setting.pairs:
-        out = folder / path.stem
-        made = make_profiles(setting, path, out, ["activation", "weight"])
+    for pair in setting.pairs:
+        pair.prepare()
+        out = folder / pair.name
+        made = make_profiles(setting, pair.files[0], out, ["activation", "weight"])
         profiles.append(made["activation"])
         weights += made["weight"]
-        if path == setting.pairs[0] and not (out / "report").exists():
+        if pair == setting.pairs[0] and not (out / "report").exists():
             names = [f"activation/{profile.ability}" for profile in made["activation"]] + ["weight/weight"]
             files = [str(out / f"{name}.safetensors") for name in names]
             command = [sys.executable, "-m", "mergekit_act", "report", *files, "-o", str(out / "report"), "--quiet"]
             subprocess.run([*command, "--density", str(TOP)], check=True)
-    abilities = list(load_abilities(setting.pairs[0]).abilities)
+    abilities = list(load_abilities(setting.pairs[0].files[0]).abilities)
     tops = np.stack([np.stack([_top(profile, exclude) for profile in some]) for some in profiles])
     by_weight = np.stack([_top(profile, exclude) for profile in weights])
     counts = common_counts(tops.reshape(-1, tops.shape[-1])).reshape(2 * tops.shape[:2])
@@ -73,7 +74,7 @@ def find(setting: Setting, folder: Path, *, exclude: Sequence[str] = ()) -> Foun
         return np.array([[measure(p, t) for p, t in zip(some, own, strict=True)] for some, own in both])
 
     return Found(
-        pairs=[path.stem for path in setting.pairs],
+        pairs=[pair.name for pair in setting.pairs],
         abilities=abilities,
         held=of_each(_held),
         in_head=of_each(_head_share),

@@ -204,81 +204,90 @@ def _findings(found: tuple[Found, Found], images: str) -> Iterator[str]:
 
 
 def _claims(rows: Rows, merged: Sequence[Row], found: tuple[Found, Found]) -> str:
-    """Each claim, the number it hangs on, and whether it holds by the measure that is named."""
-    every, without = found
-    count = len(every.abilities)
-    apart = ~np.eye(count, dtype=bool)
-    across = [every.across[m, n] for n in range(len(every.pairs)) for m in range(n)]
-    overlaps, inner = every.overlap[:, apart], without.overlap[:, apart]
-    lines = [
-        _claim(
-            "1. Large differences are in few channels",
-            every.held.min() > 0.1,
-            f"the top 1 % hold {_range(every.held)} of the sum of all scores (holds if all hold over 10 %)",
-        ),
-        _claim(
-            "2. No layer or module dominates",
-            max(every.in_head.max(), every.layers.max()) < 0.5,
-            f"the head has {_range(every.in_head)} of the top 1 %, the fullest layer {_range(every.layers)} (holds if "
-            "all have less than half)",
-        ),
-        _claim(
-            "3. Masks of different abilities are different ones",
-            overlaps.mean() < 0.36,
-            f"overlaps are {_range(overlaps)}, without the head and the embedding {_range(inner)} (holds if "
-            "below 36 % in the mean, the most that the paper has across languages)",
-        ),
-        _claim(
+    """Each claim, the numbers it hangs on, and whether it holds by the measure that is named."""
+    claims = [*_findings_hold(*found), _recovers_more(rows), _fine_tunes_better(rows), _merges_as_well(merged)]
+    return "\n".join(
+        f"- {claim}: **{'holds' if held else 'does not hold'}**. {why[0].upper()}{why[1:]}."
+        for claim, held, why in (one for one in claims if one)
+    )
+
+
+_Claim = tuple[str, bool, str]  # claim, whether it holds, why
+_STOCK = ("task arithmetic", "TIES", "DARE", "DELLA")
+
+
+def _findings_hold(every: Found, without: Found) -> Iterator[_Claim]:
+    yield (
+        "1. Large differences are in few channels",
+        bool(every.held.min() > 0.1),
+        f"the top 1 % hold {_range(every.held)} of the sum of all scores (holds if all hold over 10 %)",
+    )
+    yield (
+        "2. No layer or module dominates",
+        bool(max(every.in_head.max(), every.layers.max()) < 0.5),
+        f"the head has {_range(every.in_head)} of the top 1 %, the fullest layer {_range(every.layers)} (holds if all "
+        "have less than half)",
+    )
+    apart = ~np.eye(len(every.abilities), dtype=bool)
+    yield (
+        "3. Masks of different abilities are different ones",
+        bool(every.overlap[:, apart].mean() < 0.36),
+        f"overlaps are {_range(every.overlap[:, apart])}, without the head and the embedding "
+        f"{_range(without.overlap[:, apart])} (holds if below 36 % in the mean, the most that the paper has across "
+        "languages)",
+    )
+    across = np.array([every.across[m, n] for n in range(len(every.pairs)) for m in range(n)])
+    if len(across):
+        yield (
             "4. An ability has the same channels in other pairs",
-            bool(across) and np.mean(across) > 0.36,
-            f"overlaps are {_range(np.array(across))} (holds if above 36 % in the mean)" if across else "one pair only",
-        ),
-        _claim(
-            "5. These are not the channels whose weights changed most",
-            every.weights.max() < 0.1,
-            f"overlaps are {_range(every.weights)}, chance is 1 % (holds if all are below 10 %)",
-        ),
-    ]
+            bool(across.mean() > 0.36),
+            f"overlaps are {_range(across)} (holds if above 36 % in the mean)",
+        )
+    yield (
+        "5. These are not the channels whose weights changed most",
+        bool(every.weights.max() < 0.1),
+        f"overlaps are {_range(every.weights)}, chance is 1 % (holds if all are below 10 %)",
+    )
+
+
+def _recovers_more(rows: Rows) -> _Claim:
     gains: dict[str, list[float]] = {}
-    tuned: dict[str, list[float]] = {}
     for some in rows.values():
-        target = next(row for row in some if row.name == "target")
+        before = some[0].scores["nll"]
         for row in _best(some):
-            gains.setdefault(row.name, []).append(target.scores["nll"] - row.scores["nll"] if row.scores else 0.0)
-            if row.tuned and target.tuned:
-                tuned.setdefault(row.name, []).append(target.tuned["nll"] - row.tuned["nll"])
-    stock = ("task arithmetic", "TIES", "DARE", "DELLA")
-    strongest = max((name for name in stock if name in gains), key=lambda name: np.mean(gains[name]))
+            gains.setdefault(row.name, []).append(before - row.scores["nll"] if row.scores else 0.0)
+    strongest = max((name for name in _STOCK if name in gains), key=lambda name: np.mean(gains[name]))
     ours, theirs = gains[PAPER.name], gains[strongest]
     ahead = sum(a > b for a, b in zip(ours, theirs, strict=True))
-    lines.append(
-        _claim(
-            "ACT recovers more than merging methods that keep as much",
-            ahead == len(ours),
-            f"it gains {_mean(ours)} nats, {strongest} {_mean(theirs)}; more in {ahead} of {len(ours)} experiments",
-        )
+    return (
+        "ACT recovers more than merging methods that keep as much",
+        ahead == len(ours),
+        f"it gains {_mean(ours)} nats, {strongest} {_mean(theirs)}; more in {ahead} of {len(ours)} experiments",
     )
-    if PAPER.name in tuned:
-        gain = tuned[PAPER.name]
-        held = all(one > 0 for one in gain)
-        lines.append(_claim("Fine-tuned it is better than the target fine-tuned", held, f"by {_mean(gain)} nats"))
-    if merged:
-        scores = {row.name: row.scores for row in _best(merged) if row.scores}
-        best = min((name for name in stock if name in scores), key=lambda name: scores[name]["nll"])
-        held = scores[PAPER.name]["nll"] <= scores[best]["intervals"]["nll"][1]
-        lines.append(
-            _claim(
-                "It merges specialists as well as the others",
-                held,
-                f"{_with_interval(scores[PAPER.name], 'nll')} nats, {best} {_with_interval(scores[best], 'nll')} "
-                "(holds within the interval of the best)",
-            )
-        )
-    return "\n".join(lines)
 
 
-def _claim(text: str, held: bool, why: str) -> str:
-    return f"- {text}: **{'holds' if held else 'does not hold'}**. {why[0].upper()}{why[1:]}."
+def _fine_tunes_better(rows: Rows) -> _Claim | None:
+    gains = []
+    for some in rows.values():
+        ours = next(row for row in _best(some) if row.name == PAPER.name)
+        if ours.tuned and some[0].tuned:
+            gains.append(some[0].tuned["nll"] - ours.tuned["nll"])
+    if not gains:
+        return None
+    return "Fine-tuned it is better than the target fine-tuned", min(gains) > 0, f"by {_mean(gains)} nats"
+
+
+def _merges_as_well(merged: Sequence[Row]) -> _Claim | None:
+    scores = {row.name: row.scores for row in _best(merged) if row.scores}
+    if PAPER.name not in scores:
+        return None
+    best = min((name for name in _STOCK if name in scores), key=lambda name: scores[name]["nll"])
+    return (
+        "It merges specialists as well as the others",
+        scores[PAPER.name]["nll"] <= scores[best]["intervals"]["nll"][1],
+        f"{_with_interval(scores[PAPER.name], 'nll')} nats, {best} {_with_interval(scores[best], 'nll')} (holds within "
+        "the interval of the best)",
+    )
 
 
 def _range(values: np.ndarray) -> str:

@@ -47,11 +47,11 @@ def make_setting(folder: Path, *, quick: bool = False) -> Setting:
         target, ability = f"Qwen2.5-Math-{size}-Instruct", f"Qwen2.5-{size}-Instruct"
         file = _write(folder, f"math-{size}", target, ability, {"science": "recover", "math": "keep"}, quick)
         others = _write(folder, f"math-{size}-others", target, ability, {"code": "recover"}, quick)
-        experiments.append(Experiment(f"math-{size}", (file,), others))
+        experiments.append(Experiment(f"math-{size}", (file,), others, Recipe(master_dtype="bfloat16")))
     every = dict.fromkeys(DATA, "recover")
-    for name in ("Math", "Coder"):
-        models = (f"Qwen2.5-{name}-7B-Instruct", "Qwen2.5-7B-Instruct")
-        pairs.append(_write(folder, f"{name.lower()}-and-general", *models, every, quick))
+    for target in ("Math", "Coder"):
+        name, models = f"{target.lower()}-and-general", (f"Qwen2.5-{target}-7B-Instruct", "Qwen2.5-7B-Instruct")
+        pairs.append(Experiment(name, (_write(folder, name, *models, every, quick),)))
     return Setting(
         name="qwen",
         about=ABOUT,
@@ -59,7 +59,6 @@ def make_setting(folder: Path, *, quick: bool = False) -> Setting:
         specialists=None,
         pairs=tuple(pairs),
         exclude=("lm_head", "model.embed_tokens"),
-        recipe=Recipe(master_dtype="bfloat16"),
         dtype="bfloat16",
         device=default_device(),
     )

@@ -27,44 +27,49 @@ from mergekit_act.finetuning import Recipe
 __all__ = ["make_setting"]
 
 SKILLS = ("arithmetic", "german", "codes")
-UPDATES = 220
+SEEDS = (0, 1)
+UPDATES = 160
 BATCH = 16
 PROFILED = 121
-HELD_OUT = {"facts": 200, "sentences": 200, "arithmetic": 400, "german": 400, "codes": 400}
-TRAINED_FROM = PROFILED + 400  # rows before these are for profiling, validation and test
-ABOUT = """SmolLM2-135M-Instruct (float32, from PyPI) is the ability model. Targets are copies of it, trained in 220
-updates of 16 rows on one skill: two-digit arithmetic, or German names of languages, countries, regions and currencies.
-To be recovered are facts (capitals, countries of cities) that the ability model answers right, in its own words; to be
-kept is the skill; the others are its sentences about countries. The specialists of table 4 are three such copies
-(arithmetic, German, three-letter codes of languages), merged into SmolLM2."""
+HELD_OUT = {"facts": 200, "sentences": 60} | dict.fromkeys(SKILLS, 200)
+TRAINED_FROM = PROFILED + 200  # rows before these are for profiling, validation and test
+ABOUT = f"""SmolLM2-135M-Instruct (float32, from PyPI) is the ability model. Targets are copies of it, trained in
+{UPDATES} updates of {BATCH} rows on one skill: two-digit arithmetic, or German names of languages, countries, regions
+and currencies. To be recovered are facts (capitals, countries of cities) that the ability model answers right, in its
+own words; to be kept is the skill; the others are its sentences about countries. The specialists of table 4 are three
+such copies (arithmetic, German, three-letter codes of languages), merged into SmolLM2."""
+RECIPE = Recipe(micro_batch=BATCH, gradient_checkpointing=False, dtype="float32")
 
 
 def make_setting(folder: Path, *, quick: bool = False) -> Setting:
-    """Make what is missing: 5 trainings of 15 to 25 minutes on two cores."""
+    """Make the rows; models are trained when they are needed, five of them, about 15 minutes each on two cores."""
     if quick:
         raise ValueError("only toy has a quick form")
     make_general(folder)
     rows = make_rows(folder)
+
     experiments = []
-    for skill, seed in (("arithmetic", 0), ("german", 0), ("arithmetic", 1), ("german", 1)):
-        target = make_specialist(folder, skill, seed).name
-        file = _write(folder, f"{target}-from-general", target, "general", {"facts": "recover", skill: "keep"}, rows)
-        others = _write(folder, f"{target}-others", target, "general", {"sentences": "recover"}, rows)
-        experiments.append(Experiment(target, (file,), others))
-    specialists = [make_specialist(folder, skill, 0).name for skill in SKILLS]
-    files = [
-        _write(folder, f"general-from-{name}", "general", name, {skill: "recover"}, rows)
-        for skill, name in zip(SKILLS, specialists, strict=True)
-    ]
-    every = dict.fromkeys(("facts", *SKILLS), "recover")
+    for seed in SEEDS:
+        for skill in ("arithmetic", "german"):
+            name, roles = f"{skill}-{seed}", {"facts": "recover", skill: "keep"}
+            file = _write(folder, f"{name}-from-general", name, "general", roles, rows)
+            others = _write(folder, f"{name}-others", name, "general", {"sentences": "recover"}, rows)
+            recipe = RECIPE if seed == SEEDS[0] else None
+            experiments.append(Experiment(name, (file,), others, recipe, partial(make_specialist, folder, skill, seed)))
+    files, pairs = [], []
+    for skill in SKILLS:
+        name = f"{skill}-{SEEDS[0]}"
+        files.append(_write(folder, f"general-from-{name}", "general", name, {skill: "recover"}, rows))
+        every = dict.fromkeys(("facts", *SKILLS), "recover")
+        pair = _write(folder, f"{name}-and-general", name, "general", every, rows)
+        pairs.append(Experiment(pair.stem, (pair,), prepare=partial(make_specialist, folder, skill, SEEDS[0])))
     return Setting(
         name="real",
         about=ABOUT,
         experiments=tuple(experiments),
-        specialists=Experiment("specialists-0", tuple(files)),
-        pairs=tuple(_write(folder, f"{name}-and-general", name, "general", every, rows) for name in specialists),
+        specialists=Experiment("specialists-0", tuple(files), prepare=lambda: [pair.prepare() for pair in pairs]),
+        pairs=tuple(pairs),
         exclude=("lm_head", "model.embed_tokens"),
-        recipe=Recipe(epochs=2, micro_batch=16, gradient_checkpointing=False, dtype="float32"),
     )
 
 
@@ -114,7 +119,7 @@ def make_specialist(folder: Path, skill: str, seed: int) -> Path:
             "abilities": {skill: rows},
         }
         training.write_text(yaml.safe_dump(written))
-        options = ["--learning-rate", "2e-4", "--batch-size", str(BATCH), "--micro-batch", str(BATCH)]
+        options = ["--learning-rate", "3e-4", "--batch-size", str(BATCH), "--micro-batch", str(BATCH)]
         options += ["--no-gradient-checkpointing", "--save-steps", "50", "--random-seed", str(seed)]
         command = [sys.executable, "-m", "mergekit_act", "finetune", str(folder / "general"), str(training), str(out)]
         subprocess.run([*command, *options], check=True)

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -172,20 +173,36 @@ class Merges:
     """
 
     def __init__(self, setting: Setting, experiment: Experiment, folder: Path, criteria: Sequence[str]) -> None:
-        self._setting, self._folder = setting, folder
+        self._setting, self._experiment, self._folder, self._criteria = setting, experiment, folder, criteria
         self.files = [load_abilities(path) for path in experiment.files]
-        self.profiles = [
-            make_profiles(setting, path, folder / str(n), criteria) for n, path in enumerate(experiment.files)
-        ]
-        self.target = self.load(self.files[0].target)
-        self._patched = PatchedModel(self.target, getattr(torch, setting.dtype))
         self._ability_models = [ModelReference.parse(file.ability_model) for file in self.files]
         self._planned: tuple[Rule, float] | None = None
 
-    def load(self, model: str | Path) -> Any:
-        """A model of the experiment's dtype, on its device."""
+    @cached_property
+    def profiles(self) -> list[dict[str, list[Profile]]]:
+        """Of each file: criterion -> profiles."""
+        self._experiment.prepare()
+        files = enumerate(self._experiment.files)
+        return [make_profiles(self._setting, path, self._folder / str(n), self._criteria) for n, path in files]
+
+    @cached_property
+    def _patched(self) -> PatchedModel:
+        return PatchedModel(self._load(self.files[0].target), getattr(torch, self._setting.dtype))
+
+    def _load(self, model: str | Path) -> Any:
+        self._experiment.prepare()
         dtype = getattr(torch, self._setting.dtype)
         return load_model(open_checkpoint(str(model)), device=self._setting.device, dtype=dtype)
+
+    @contextmanager
+    def loaded(self, model: str | Path) -> Iterator[Any]:
+        """A model of the experiment's dtype, on its device."""
+        yield self._load(model)
+
+    @contextmanager
+    def of_target(self) -> Iterator[Any]:
+        """The target, as it is."""
+        yield self._patched.model
 
     @contextmanager
     def merged(self, point: Point) -> Iterator[Any]:
@@ -193,7 +210,7 @@ class Merges:
         if point.rule.method != "act":
             with tempfile.TemporaryDirectory() as out:
                 self.write(point, Path(out))
-                yield self.load(out)
+                yield self._load(out)
             return
         if self._planned != (point.rule, point.share):
             with tempfile.TemporaryDirectory() as masks:
@@ -208,13 +225,21 @@ class Merges:
             options = MergeOptions(quiet=True, random_seed=0, copy_tokenizer=True)
             run_merge(self._config(point, Path(masks)), str(out), options)
 
-    def channels(self, point: Point) -> tuple[float, float]:
+    def unload(self) -> None:
+        """Give the target's memory back; it is loaded again when it is needed."""
+        vars(self).pop("_patched", None)
+        self._planned = None
+
+    def moved(self, point: Point) -> dict[str, float]:
         """Shares of the channels and of the parameters that a point moves, mean over the ability models."""
         if point.rule.criterion is None:
-            return (1.0, 1.0) if point.rule.method == "act" else (point.share, point.share)
+            share = 1.0 if point.rule.method == "act" else point.share
+            return {"channels": share, "parameters": share}
         counts = [self._mask(point, n).counts for n in range(len(self.files))]
-        channels = sum(one["channels"] / one["channels_total"] for one in counts) / len(counts)
-        return channels, sum(one["parameters"] / one["parameters_total"] for one in counts) / len(counts)
+        return {
+            kind: sum(one[kind] / one[f"{kind}_total"] for one in counts) / len(counts)
+            for kind in ("channels", "parameters")
+        }
 
     def _config(self, point: Point, masks: Path) -> MergeConfiguration:
         models = []

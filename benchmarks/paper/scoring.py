@@ -6,6 +6,8 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,53 +30,60 @@ class Scorer:
 
     Args:
         experiment: whose samples.
-        store: JSON lines; a score that is in it is not measured again.
+        store: JSON lines; what is in it is not measured again, and needs no model.
     """
 
     def __init__(self, experiment: Experiment, store: Path) -> None:
-        self._samples: dict[tuple[str, str, str], list[Sample]] = {}
-        for path in (*experiment.files, *([experiment.others] if experiment.others else [])):
-            file = load_abilities(path)
-            for one in collect_held_out(file, Tokenizers(file.target, file.ability_model)):
-                role = "others" if path == experiment.others else one.role
-                cut = round(VALIDATION * len(one.samples))
-                self._samples["test", role, one.ability] = list(one.samples[cut:])
-                if role != "others":
-                    self._samples["validation", role, one.ability] = list(one.samples[:cut])
+        self._experiment = experiment
         self._store = store
         store.parent.mkdir(parents=True, exist_ok=True)
         lines = store.read_text().splitlines() if store.exists() else []
         self._known: dict[str, dict[str, Any]] = {one["key"]: one for one in map(json.loads, lines)}
 
-    def counts(self, part: str) -> dict[str, int]:
-        """Ability -> its samples."""
-        return {ability: len(some) for (its, _, ability), some in self._samples.items() if its == part}
+    def once(self, key: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """What is kept under a key, or else made now and kept."""
+        if key not in self._known:
+            self._known[key] = {"key": key, **make()}
+            with self._store.open("a") as lines:
+                lines.write(json.dumps(self._known[key]) + "\n")
+        return self._known[key]
 
-    def known(self, part: str, key: str) -> bool:
-        return f"{part} {key}" in self._known
-
-    def score(self, part: str, key: str, model: Any) -> dict[str, Any]:
+    def score(self, part: str, key: str, load: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
         """The means of a part's samples, of ``test`` with their 95 % bootstrap intervals.
 
         Args:
             part: ``validation`` or ``test``.
             key: what the model is, for the file.
-            model: a causal LM; may be None if the score is known.
+            load: gives a causal LM; not called if the scores are known.
         """
-        full = f"{part} {key}"
-        if full not in self._known:
+        return self.once(f"{part} {key}", lambda: self._measured(part, load))
+
+    def _measured(self, part: str, load: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
+        with load() as model:
             scores = {
                 (role, ability): torch.tensor(list(_answers(model, some)), dtype=torch.float64)
                 for (its, role, ability), some in self._samples.items()
                 if its == part
             }
-            one: dict[str, Any] = {"key": full} | {name: float(value) for name, value in _summary(scores).items()}
-            one |= {"intervals": _intervals(scores)} if part == "test" else {}
-            one["abilities"] = {ability: float(s[:, 2].mean()) for (_, ability), s in scores.items()}
-            self._known[full] = one
-            with self._store.open("a") as lines:
-                lines.write(json.dumps(one) + "\n")
-        return self._known[full]
+        one: dict[str, Any] = {name: float(value) for name, value in _summary(scores).items()}
+        one |= {"intervals": _intervals(scores)} if part == "test" else {}
+        return one | {"abilities": {ability: float(s[:, 2].mean()) for (_, ability), s in scores.items()}}
+
+    @cached_property
+    def _samples(self) -> dict[tuple[str, str, str], list[Sample]]:
+        """(part, role, ability) -> samples."""
+        self._experiment.prepare()
+        found = {}
+        others = self._experiment.others
+        for path in (*self._experiment.files, *([others] if others else [])):
+            file = load_abilities(path)
+            for one in collect_held_out(file, Tokenizers(file.target, file.ability_model)):
+                role = "others" if path == others else one.role
+                cut = round(VALIDATION * len(one.samples))
+                found["test", role, one.ability] = list(one.samples[cut:])
+                if role != "others":
+                    found["validation", role, one.ability] = list(one.samples[:cut])
+        return found
 
 
 @torch.inference_mode()

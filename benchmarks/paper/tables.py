@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,22 +52,24 @@ def measure(setting: Setting, experiment: Experiment, folder: Path, rules: Seque
     """The rows of a table; what was measured before is read from FOLDER/scores.jsonl."""
     scorer = Scorer(experiment, folder / "scores.jsonl")
     merges = Merges(setting, experiment, folder, _criteria(rules))
-    target = {part: scorer.score(part, "target", merges.target) for part in ("validation", "test")}
+    before = scorer.score("validation", "target", merges.of_target)["likelihood"]
 
     def enough(one: Scores) -> bool:
-        before = target["validation"]["likelihood"]
         return math.isnan(before) or one["likelihood"] >= KEPT * before
 
     def tuned(key: str, write: Callable[[Path], None] | str) -> Scores | None:
-        return _tuned(setting, scorer, merges, folder, key, write) if setting.recipe else None
+        if experiment.recipe is None:
+            return None
+        return scorer.score("test", f"{key} fine-tuned", partial(_tuned, setting, experiment, merges, folder, write))
 
-    rows = [Row("target", None, None, 0.0, 0.0, target["test"], tuned("target", merges.files[0].target))]
+    target = scorer.score("test", "target", merges.of_target)
+    rows = [Row("target", None, None, 0.0, 0.0, target, tuned("target", merges.files[0].target))]
     for file in merges.files:
         key = f"ability model {Path(file.ability_model).name}"
-        model = None if scorer.known("test", key) else merges.load(file.ability_model)
-        rows.append(Row(key, None, None, 1.0, 1.0, scorer.score("test", key, model)))
+        scores = scorer.score("test", key, partial(merges.loaded, file.ability_model))
+        rows.append(Row(key, None, None, 1.0, 1.0, scores))
     for rule in tqdm(rules, desc=experiment.name):
-        tried = list(_tried(rule, scorer, merges, enough, math.isnan(target["validation"]["likelihood"])))
+        tried = list(_tried(rule, scorer, merges, enough, math.isnan(before)))
         allowed = [(one["nll"], point) for point, one in tried if enough(one)]
         for share in (None, *(rule.shares if len(rule.shares) > 1 and rule.method == "act" else ())):
             some = [one for one in allowed if share in (None, one[1].share)]
@@ -74,10 +77,9 @@ def measure(setting: Setting, experiment: Experiment, folder: Path, rules: Seque
                 rows.append(Row(rule.name, None, share, 0.0, 0.0, None))
                 continue
             point = min(some, key=lambda one: one[0])[1]
-            if not scorer.known("test", point.key):
-                with merges.merged(point) as model:
-                    scorer.score("test", point.key, model)
-            row = Row(rule.name, point, share, *merges.channels(point), scorer.score("test", point.key, None))
+            moved = scorer.once(f"moved {rule.name} {point.share:g}", partial(merges.moved, point))
+            scores = scorer.score("test", point.key, partial(merges.merged, point))
+            row = Row(rule.name, point, share, moved["channels"], moved["parameters"], scores)
             if share is None and rule in RULES:
                 row = replace(row, tuned=tuned(point.key, partial(merges.write, point)))
             rows.append(row)
@@ -92,19 +94,13 @@ def grid(setting: Setting, experiment: Experiment, folder: Path) -> dict[str, li
     found: dict[str, list[tuple[float, float, Scores]]] = {}
     for rule in rules:
         for point in (point for some in points(rule) for point in some):
-            found.setdefault(rule.name, []).append((point.share, point.weight, _validated(point, scorer, merges)))
+            one = scorer.score("validation", point.key, partial(merges.merged, point))
+            found.setdefault(rule.name, []).append((point.share, point.weight, one))
     return found
 
 
 def _criteria(rules: Sequence[Rule]) -> list[str]:
     return list(dict.fromkeys(["weight", *(rule.criterion for rule in rules if rule.criterion), "attribution"]))
-
-
-def _validated(point: Point, scorer: Scorer, merges: Merges) -> Scores:
-    if scorer.known("validation", point.key):
-        return scorer.score("validation", point.key, None)
-    with merges.merged(point) as model:
-        return scorer.score("validation", point.key, model)
 
 
 def _tried(
@@ -113,23 +109,21 @@ def _tried(
     """Of each share the points from the largest weight on, until the kept abilities keep enough."""
     for some in points(rule):
         for point in some:
-            one = _validated(point, scorer, merges)
+            one = scorer.score("validation", point.key, partial(merges.merged, point))
             yield point, one
             if enough(one) and not every:
                 break
 
 
+@contextmanager
 def _tuned(
-    setting: Setting, scorer: Scorer, merges: Merges, folder: Path, key: str, write: Callable[[Path], None] | str
-) -> Scores:
-    """Scores after fine-tuning on the profiled samples.
+    setting: Setting, experiment: Experiment, merges: Merges, folder: Path, write: Callable[[Path], None] | str
+) -> Iterator[Any]:
+    """The model after fine-tuning on the profiled samples.
 
     Args:
         write: writes the model into a folder, or the model's folder.
     """
-    tuned = f"{key} fine-tuned"
-    if scorer.known("test", tuned):
-        return scorer.score("test", tuned, None)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         merged, out = Path(temporary) / "merged", Path(temporary) / "tuned"
         if not isinstance(write, str):
@@ -138,7 +132,7 @@ def _tuned(
         settings = TrainingSettings(
             save_steps=0, device=setting.device if setting.device == "cpu" else None, quiet=True
         )
-        merges.target.to("cpu")  # room for the training
-        finetune(source, merges.files[0], out, setting.recipe, settings)
-        merges.target.to(setting.device)
-        return scorer.score("test", tuned, merges.load(out))
+        merges.unload()  # room for the training
+        finetune(source, merges.files[0], out, experiment.recipe, settings)
+        with merges.loaded(out) as model:
+            yield model

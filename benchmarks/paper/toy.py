@@ -21,7 +21,7 @@ __all__ = ["make_setting"]
 KEPT = ("latin", "greek")  # the target is trained on mathematics in these
 PROFILED = 32
 RECIPE = Recipe(epochs=10, learning_rate=2e-4, micro_batch=16, gradient_checkpointing=False, dtype="float32")
-STEPS = {"base": 850, "ability": 100, "target": 400, "early": 350, "specialist": 150}
+STEPS = {"base": 600, "ability": 80, "target": 300, "early": 250, "specialist": 120}
 ABOUT = """Models of 0.8 M parameters in four invented languages and three domains (`mergekit-act demo`): the ability
 model is good at all of them, the target was trained on mathematics in two languages until it had forgotten the rest.
 To be recovered are facts in four languages, to be kept mathematics in two; the others are logic in four and
@@ -33,7 +33,8 @@ def make_setting(folder: Path, *, quick: bool) -> Setting:
     """Train what is missing; a quick setting has one seed, models that know little, and no fine-tuning."""
     seeds = range(1 if quick else 5)
     steps = {name: 12 if quick else count for name, count in STEPS.items()}
-    made = [_make(folder / str(seed), seed, steps) for seed in seeds]
+    recipe = None if quick else RECIPE
+    made = [_make(folder / str(seed), seed, steps, recipe) for seed in seeds]
     return Setting(
         name="toy",
         about=ABOUT,
@@ -41,11 +42,10 @@ def make_setting(folder: Path, *, quick: bool) -> Setting:
         specialists=_make_specialists(folder / "0", steps),
         pairs=tuple(_pairs(folder / "0", steps)),
         exclude=("lm_head", "model.embed_tokens"),
-        recipe=None if quick else RECIPE,
     )
 
 
-def _make(folder: Path, seed: int, steps: dict[str, int]) -> Experiment:
+def _make(folder: Path, seed: int, steps: dict[str, int], recipe: Recipe | None) -> Experiment:
     rows, tokenizer = all_rows(), build_tokenizer()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "target").exists():
@@ -63,7 +63,8 @@ def _make(folder: Path, seed: int, steps: dict[str, int]) -> Experiment:
     others = {f"logic-{language}": "keep" for language in LANGUAGES}
     others |= {f"math-{language}": "keep" for language in LANGUAGES if language not in KEPT}
     file = _write(folder / "abilities.yml", folder, "target", "ability", recovered | kept)
-    return Experiment(f"math-{seed}", (file,), _write(folder / "others.yml", folder, "target", "ability", others))
+    others_file = _write(folder / "others.yml", folder, "target", "ability", others)
+    return Experiment(f"math-{seed}", (file,), others_file, recipe)
 
 
 def _forgetful(base: Any, tokenizer: Any, domain: str, steps: int, *, seed: int) -> Any:
@@ -94,15 +95,16 @@ def _make_specialists(folder: Path, steps: dict[str, int]) -> Experiment:
     return Experiment("specialists-0", tuple(files))
 
 
-def _pairs(folder: Path, steps: dict[str, int]) -> Iterator[Path]:
+def _pairs(folder: Path, steps: dict[str, int]) -> Iterator[Experiment]:
     """The same abilities for two pairs: the ability model, and targets that were trained on other domains."""
     tokenizer = build_tokenizer()
     if not (folder / "logic").exists():
         base = AutoModelForCausalLM.from_pretrained(folder / "base")
         _save(_forgetful(base, tokenizer, "logic", steps["target"], seed=0), tokenizer, folder / "logic")
     every = {f"{domain}-{language}": "recover" for domain in ("math", "facts") for language in LANGUAGES}
-    yield _write(folder / "target-and-ability.yml", folder, "target", "ability", every)
-    yield _write(folder / "logic-and-ability.yml", folder, "logic", "ability", every)
+    for target in ("target", "logic"):
+        name = f"{target}-and-ability"
+        yield Experiment(name, (_write(folder / f"{name}.yml", folder, target, "ability", every),))
 
 
 def _save(model: Any, tokenizer: Any, out: Path) -> None:

@@ -38,7 +38,7 @@ DENSITY = 0.35  # of each profile; the union of the four is about half of the ch
 BETTER = ("--density", "0.15", "--exclude", "lm_head", "--exclude", "model.embed_tokens")
 THREADS = 2  # sums of floats depend on how many there are
 FINETUNING = ("--epochs", "10", "--learning-rate", "2e-4", "--micro-batch", "16", "--no-gradient-checkpointing")
-STEPS = {"base": 850, "ability": 100, "target": 400}
+STEPS = {"base": 750, "ability": 80, "target": 300}
 
 
 def run_demo(out_dir: Path, *, echo: Echo, quiet: bool = False, steps: Mapping[str, int] = STEPS) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
-_BATCH = 256
+_BATCH = 128
 
 
 def build_tokenizer() -> Any:
@@ -62,14 +63,16 @@ def build_model(tokenizer: Any, *, rope_theta: float, seed: int = 0) -> Any:
 def train(
     model: Any, tokenizer: Any, rows: Sequence[Row], steps: Collection[int], *, learning_rate: float, seed: int
 ) -> None:
-    """Train on random rows, answer tokens only, one batch per step; changes the model."""
+    """Train on random rows, as many of each domain, answer tokens only, a batch per step; changes the model."""
     ids, labels = _encode(tokenizer, rows)
+    counts = Counter(row.domain for row in rows)
+    weights = torch.tensor([1 / counts[row.domain] for row in rows])
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=len(steps), pct_start=0.1)
     model.train()
     for _ in steps:
-        batch = torch.randint(len(rows), (_BATCH,), generator=generator)
+        batch = torch.multinomial(weights, _BATCH, replacement=True, generator=generator)
         loss = model(input_ids=ids[batch], labels=labels[batch]).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
