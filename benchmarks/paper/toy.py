@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import yaml
 from experiment import Experiment, Setting
 from transformers import AutoModelForCausalLM
 
-from mergekit_act.demo.tasks import DOMAINS, LANGUAGES, Row, all_rows
+from mergekit_act.demo.tasks import DOMAINS, LANGUAGES, all_rows
 from mergekit_act.demo.training import build_model, build_tokenizer, train
 from mergekit_act.finetuning import Recipe
 
@@ -21,49 +20,52 @@ __all__ = ["make_setting"]
 KEPT = ("latin", "greek")  # the target is trained on mathematics in these
 PROFILED = 32
 RECIPE = Recipe(epochs=10, learning_rate=2e-4, micro_batch=16, gradient_checkpointing=False, dtype="float32")
-STEPS = {"base": 600, "ability": 80, "target": 300, "early": 250, "specialist": 120}
-ABOUT = """Models of 0.8 M parameters in four invented languages and three domains (`mergekit-act demo`): the ability
-model is good at all of them, the target was trained on mathematics in two languages until it had forgotten the rest.
-To be recovered are facts in four languages, to be kept mathematics in two; the others are logic in four and
-mathematics in the other two languages. The specialists of table 4 are a base that knows little
-of all three domains, trained on one each."""
+STEPS = {"base": 850, "ability": 80, "target": 300, "early": 250, "specialist": 120}
+ABOUT = """Models of 0.8 M parameters in four invented languages and three domains (`mergekit-act demo`). From one base,
+five times, with rows in other orders: an ability model that is good at all, and a target that was trained on
+mathematics in two languages until it had forgotten the rest. To be recovered are facts in four languages, to be kept
+mathematics in two; the others are logic in four and mathematics in the other two languages. The specialists of table 4
+are a base that knows little of all three domains, trained on one each."""
 
 
 def make_setting(folder: Path, *, quick: bool) -> Setting:
     """Train what is missing; a quick setting has one seed, models that know little, and no fine-tuning."""
-    seeds = range(1 if quick else 5)
     steps = {name: 12 if quick else count for name, count in STEPS.items()}
+    tokenizer, rows = build_tokenizer(), all_rows()
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(vars(row), ensure_ascii=False) for row in rows]
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if not (folder / "base").exists():
+        base = build_model(tokenizer, rope_theta=1_000_000.0)
+        train(base, tokenizer, rows, range(steps["base"]), learning_rate=3e-3, seed=0)
+        _save(base, tokenizer, folder / "base")
     recipe = None if quick else RECIPE
-    made = [_make(folder / str(seed), seed, steps, recipe) for seed in seeds]
+    made = [_make(folder, seed, steps, recipe) for seed in range(1 if quick else 5)]
     return Setting(
         name="toy",
         about=ABOUT,
         experiments=tuple(made),
-        specialists=_make_specialists(folder / "0", steps),
-        pairs=tuple(_pairs(folder / "0", steps)),
+        specialists=_make_specialists(folder, steps),
+        pairs=tuple(_pairs(folder, steps)),
         exclude=("lm_head", "model.embed_tokens"),
     )
 
 
 def _make(folder: Path, seed: int, steps: dict[str, int], recipe: Recipe | None) -> Experiment:
-    rows, tokenizer = all_rows(), build_tokenizer()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "target").exists():
-        base = build_model(tokenizer, rope_theta=1_000_000.0, seed=seed)
-        train(base, tokenizer, rows, range(steps["base"]), learning_rate=3e-3, seed=3 * seed)
-        _save(base, tokenizer, folder / "base")
-        ability = copy.deepcopy(base)
-        train(ability, tokenizer, rows, range(steps["ability"]), learning_rate=5e-4, seed=3 * seed + 1)
-        _save(ability, tokenizer, folder / "ability")
-        target = _forgetful(base, tokenizer, "math", steps["target"], seed=3 * seed + 2)
-        _save(target, tokenizer, folder / "target")
-    _write_rows(folder, rows)
+    """An ability model and a target: the base, trained on all and on little, in the order that the seed says."""
+    tokenizer, rows = build_tokenizer(), all_rows()
+    target, ability = f"target-{seed}", f"ability-{seed}"
+    if not (folder / target).exists():
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        _save(_forgetful(base, tokenizer, "math", steps["target"], seed=2 * seed + 1), tokenizer, folder / target)
+        train(base, tokenizer, rows, range(steps["ability"]), learning_rate=5e-4, seed=2 * seed + 2)
+        _save(base, tokenizer, folder / ability)
     recovered = {f"facts-{language}": "recover" for language in LANGUAGES}
     kept = {f"math-{language}": "keep" for language in KEPT}
     others = {f"logic-{language}": "keep" for language in LANGUAGES}
     others |= {f"math-{language}": "keep" for language in LANGUAGES if language not in KEPT}
-    file = _write(folder / "abilities.yml", folder, "target", "ability", recovered | kept)
-    others_file = _write(folder / "others.yml", folder, "target", "ability", others)
+    file = _write(folder / f"math-{seed}.yml", folder, target, ability, recovered | kept)
+    others_file = _write(folder / f"math-{seed}-others.yml", folder, target, ability, others)
     return Experiment(f"math-{seed}", (file,), others_file, recipe)
 
 
@@ -102,19 +104,13 @@ def _pairs(folder: Path, steps: dict[str, int]) -> Iterator[Experiment]:
         base = AutoModelForCausalLM.from_pretrained(folder / "base")
         _save(_forgetful(base, tokenizer, "logic", steps["target"], seed=0), tokenizer, folder / "logic")
     every = {f"{domain}-{language}": "recover" for domain in ("math", "facts") for language in LANGUAGES}
-    for target in ("target", "logic"):
-        name = f"{target}-and-ability"
-        yield Experiment(name, (_write(folder / f"{name}.yml", folder, target, "ability", every),))
+    for name, target in (("math-and-ability", "target-0"), ("logic-and-ability", "logic")):
+        yield Experiment(name, (_write(folder / f"{name}.yml", folder, target, "ability-0", every),))
 
 
 def _save(model: Any, tokenizer: Any, out: Path) -> None:
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
-
-
-def _write_rows(folder: Path, rows: Sequence[Row]) -> None:
-    lines = [json.dumps(vars(row), ensure_ascii=False) for row in rows]
-    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _write(path: Path, folder: Path, target: str, ability: str, roles: dict[str, str]) -> Path:
