@@ -166,17 +166,16 @@ def _controls(controls: Sequence[Row], rows: Sequence[Row]) -> str:
 
 
 def _table4(rows: Sequence[Row]) -> str:
+    """Abilities of one name up to its first hyphen (a domain in several languages) are one column."""
     abilities = list(rows[0].scores["abilities"]) if rows[0].scores else []
+    domains = list(dict.fromkeys(ability.partition("-")[0] for ability in abilities))
     lines = []
-    for row in _best(rows):
-        scores = row.scores or {"abilities": {}}
-        right = [f"{scores['abilities'].get(ability, math.nan):.2f}" for ability in abilities]
-        lines.append(
-            [row.name, _chosen(row), *right, _with_interval(row.scores, "exact"), _with_interval(row.scores, "nll")]
-        )
-    return _markdown(
-        ["", "parameters of each", *(f"{a}: right" for a in abilities), "right, mean", "nats, mean"], lines
-    )
+    for row in (row for row in _best(rows) if row.scores):
+        own = row.scores["abilities"].items()
+        right = [f"{np.mean([score for name, score in own if name.startswith(d)]):.2f}" for d in domains]
+        means = (_with_interval(row.scores, "exact"), _with_interval(row.scores, "nll"))
+        lines.append([row.name, _chosen(row), *right, *means])
+    return _markdown(["", "parameters of each", *(f"{d}: right" for d in domains), "right, mean", "nats, mean"], lines)
 
 
 def _findings(found: tuple[Found, Found], images: str) -> Iterator[str]:
