@@ -20,7 +20,7 @@ __all__ = ["make_setting"]
 KEPT = ("latin", "greek")  # the target is trained on mathematics in these
 PROFILED = 32
 RECIPE = Recipe(epochs=10, learning_rate=2e-4, micro_batch=16, gradient_checkpointing=False, dtype="float32")
-STEPS = {"base": 850, "ability": 80, "target": 300, "early": 500, "specialist": 150}
+STEPS = {"base": 850, "ability": 80, "target": 300, "early": 400, "specialist": 150}
 ABOUT = """Models of 0.8 M parameters in four invented languages and three domains (`mergekit-act demo`). From one base,
 five times, with rows in other orders: an ability model that is good at all, and a target that was trained on
 mathematics in two languages until it had forgotten the rest. To be recovered are facts in four languages, to be kept
