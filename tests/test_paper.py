@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -55,3 +56,19 @@ def test_qwen_with_models_and_data_that_stand_in(tmp_path):
     page = run("qwen", tmp_path / "out", QWEN_MODELS=str(models), QWEN_DATA=str(data))
     assert "`math-7B`" in page
     assert "| science |" in page
+
+
+def test_scores_by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(str(KIT))
+    from scoring import Scores, difference
+
+    before = Scores({"recover": {"a": [[4.0, 2, 0.0], [2.0, 1, 0.0]], "b": [[3.0, 1, 0.0], [5.0, 1, 1.0]]}, "keep": {}})
+    after = Scores({"recover": {"a": [[2.0, 2, 1.0], [1.0, 1, 1.0]], "b": [[2.0, 1, 0.0], [4.0, 1, 1.0]]}, "keep": {}})
+    assert before.nats("recover") == (6 / 3 + 8 / 2) / 2
+    assert before.right("recover") == (0 + 1 / 2) / 2
+    assert math.isnan(before.nats("keep"))
+    gain, (low, high) = difference(before, after, "recover")
+    assert gain == 3 - (3 / 3 + 6 / 2) / 2
+    assert low == high == 1.0  # every sample gains one nat a token: whatever is drawn
+    low, high = after.right_interval("recover")
+    assert low < 0.75 < high < 1.0

@@ -38,42 +38,39 @@ from mergekit_act.versions import installed_versions
 @click.option("--page", type=click.Path(path_type=Path), help="Markdown file; by default FOLDER/results.md.")
 @click.option("--quick", is_flag=True, help="See that everything runs: few steps, few rules.")
 def main(name: str, folder: Path, page: Path | None, quick: bool) -> None:
-    logging.disable(logging.WARNING)  # of settings in which the models differ, for every plan
+    logging.getLogger("mergekit_act.checking").setLevel(logging.ERROR)  # warns of the same settings for every plan
     torch.manual_seed(0)
     started = time.monotonic()
-    folder = folder.resolve()
     page = page or folder / "results.md"
+    folder = folder.resolve() / "quick" if quick else folder.resolve()
     setting = importlib.import_module(name).make_setting(folder, quick=quick)
     measured = folder / "measured"
     rules = [replace(rule, shares=rule.shares[-1:], weights=(1.0,)) for rule in RULES] if quick else RULES
-    controls = CONTROLS[:1] if quick else CONTROLS
-    rows = {one.name: measure(setting, one, measured / one.name, rules) for one in setting.experiments}
+    tables = {one.name: measure(setting, one, measured / one.name, rules) for one in setting.experiments}
     first = setting.experiments[0]
-    others = measure(setting, first, measured / first.name, controls)[2:]
-    merged = []
+    controls = measure(setting, first, measured / first.name, CONTROLS[:1] if quick else CONTROLS)
+    merged = None
     if setting.specialists:
-        # Nothing is to be kept: no damage, and every weight is tried.
         some = [replace(rule, shares=rule.shares[1::2] or rule.shares) for rule in rules if not rule.retain]
         merged = measure(setting, setting.specialists, measured / setting.specialists.name, some)
-    found = (
-        find(setting, measured / "findings"),
-        find(setting, measured / "findings", exclude=setting.exclude),
-    )
+    found = (find(setting, measured / "findings"), find(setting, measured / "findings", exclude=setting.exclude))
     images = page.parent / page.stem
     draw_grid(grid(setting, first, measured / first.name), images / f"{setting.name}-grid.png")
     drawn = measured / "findings" / setting.pairs[0].name / "report" / "distribution.png"
     shutil.copyfile(drawn, images / f"{setting.name}-distribution.png")
-    versions = ", ".join(
-        f"{package} {version}" for package, version in installed_versions("mergekit", "torch", "transformers").items()
-    )
-    hardware = (
-        torch.cuda.get_device_name()
-        if setting.device != "cpu"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    facts = f"`python benchmarks/paper {name} FOLDER`, {hardware}; {versions}."
-    write_section(page, setting, section(setting, rows, others, merged, found, facts, f"{images.name}/{setting.name}"))
+    facts = f"`python benchmarks/paper {name} FOLDER{' --quick' if quick else ''}`, {_made_with(setting.device)}."
+    shown = f"{images.name}/{setting.name}"
+    write_section(page, setting, section(setting, tables, controls, merged, found, facts, shown))
     print(f"{page}, after {(time.monotonic() - started) / 60:.0f} minutes")
+
+
+def _made_with(device: str) -> str:
+    versions = installed_versions("mergekit", "torch", "transformers")
+    names = ", ".join(f"{package} {version}" for package, version in versions.items())
+    if device != "cpu":
+        return f"{torch.cuda.get_device_name()}; {names}"
+    processor = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor}, {torch.get_num_threads()} threads; {names}"
 
 
 if __name__ == "__main__":

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from experiment import Setting
 from rules import make_profiles
 
 from mergekit_act.abilities import load_abilities
 from mergekit_act.artifacts import Profile
 from mergekit_act.groups import Groups
-from mergekit_act.selection import common_counts, rank_channels
+from mergekit_act.selection import common_counts, select_channels
 
 __all__ = ["Found", "find"]
 
@@ -30,21 +31,24 @@ class Found:
         pairs: names of the pairs.
         abilities: names of the abilities.
         held: ``[pairs, abilities]``: the top's share of the sum of all scores.
-        in_head: likewise: how many of the top are the head's.
-        layers: likewise: the share of the top in the layer that has most of it.
-        overlap: ``[pairs, abilities, abilities]`` of tops, |A ∩ B| / |A| (tables 1 and 5, figure 20).
+        head: likewise: how many of the top are the head's.
+        kinds: likewise: the module kind that has most of the top, its share of the top, and its share of all channels.
+        layers: likewise, of layers.
+        overlap: ``[pairs, abilities, pairs, abilities]`` of tops, |A ∩ B| / |A| (tables 1 and 5, figures 3 and 20).
         weights: ``[pairs, abilities]``, with the largest changes of weights (table 2).
-        across: ``[pairs, pairs, abilities]``: of one ability by two pairs (figure 3).
     """
 
     pairs: Sequence[str]
     abilities: Sequence[str]
     held: np.ndarray
-    in_head: np.ndarray
-    layers: np.ndarray
+    head: np.ndarray
+    kinds: list[list[Fullest]]
+    layers: list[list[Fullest]]
     overlap: np.ndarray
     weights: np.ndarray
-    across: np.ndarray
+
+
+Fullest = tuple[str, float, float]
 
 
 def find(setting: Setting, folder: Path, *, exclude: Sequence[str] = ()) -> Found:
@@ -62,33 +66,31 @@ def find(setting: Setting, folder: Path, *, exclude: Sequence[str] = ()) -> Foun
             files = [str(out / f"{name}.safetensors") for name in names]
             command = [sys.executable, "-m", "mergekit_act", "report", *files, "-o", str(out / "report"), "--quiet"]
             subprocess.run([*command, "--density", str(TOP)], check=True)
-    abilities = list(load_abilities(setting.pairs[0].files[0]).abilities)
     tops = np.stack([np.stack([_top(profile, exclude) for profile in some]) for some in profiles])
     by_weight = np.stack([_top(profile, exclude) for profile in weights])
-    counts = common_counts(tops.reshape(-1, tops.shape[-1])).reshape(2 * tops.shape[:2])
     size = tops[0, 0].sum()
-    places = range(len(profiles))
-
-    def of_each(measure: Callable[[Profile, np.ndarray], float]) -> np.ndarray:
-        both = zip(profiles, tops, strict=True)
-        return np.array([[measure(p, t) for p, t in zip(some, own, strict=True)] for some, own in both])
-
+    groups = Groups(list(profiles[0][0].scores))
+    with_tops = [list(zip(*both, strict=True)) for both in zip(profiles, tops, strict=True)]
+    shares = [[_shares(profile, top) for profile, top in some] for some in with_tops]
     return Found(
         pairs=[pair.name for pair in setting.pairs],
-        abilities=abilities,
-        held=of_each(_held),
-        in_head=of_each(_head_share),
-        layers=of_each(_fullest),
-        overlap=np.stack([counts[n, :, n] / size for n in places]),
+        abilities=list(load_abilities(setting.pairs[0].files[0]).abilities),
+        held=np.array(
+            [[_held(p, top) for p, top in zip(*both, strict=True)] for both in zip(profiles, tops, strict=True)]
+        ),
+        head=np.array([[of.get("lm_head", (0.0, 0.0))[0] for of in some] for some in shares]),
+        kinds=[[_fullest(groups.kinds, of) for of in some] for some in shares],
+        layers=[[_fullest(groups.layers, of) for of in some] for some in shares],
+        overlap=common_counts(tops.reshape(-1, tops.shape[-1])).reshape(2 * tops.shape[:2]) / size,
         weights=(tops & by_weight[:, None]).sum(-1) / size,
-        across=np.stack([np.stack([np.diagonal(counts[n, :, m]) / size for m in places]) for n in places]),
     )
 
 
 def _top(profile: Profile, exclude: Sequence[str]) -> np.ndarray:
     """bool ``[channels]``: the first 1 % of those that take part."""
-    ranks = rank_channels(profile, exclude=exclude).numpy()
-    return ranks < max(1, round(TOP * int((ranks < len(ranks)).sum())))
+    chosen = select_channels(profile, TOP, exclude=exclude)
+    parts = [chosen[m].flatten() if m in chosen else torch.zeros(s.numel()) for m, s in profile.scores.items()]
+    return torch.cat(parts).bool().numpy()
 
 
 def _held(profile: Profile, top: np.ndarray) -> float:
@@ -96,18 +98,18 @@ def _held(profile: Profile, top: np.ndarray) -> float:
     return float(scores[top].sum() / scores.sum())
 
 
-def _share_by_module(profile: Profile, top: np.ndarray) -> dict[str, float]:
-    """Module -> its share of the top."""
-    ends = np.cumsum([scores.numel() for scores in profile.scores.values()])
-    parts = np.split(top, ends[:-1])
-    return {module: float(part.sum() / top.sum()) for module, part in zip(profile.scores, parts, strict=True)}
+def _shares(profile: Profile, top: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Module -> its share of the top, and of all channels."""
+    sizes = [scores.numel() for scores in profile.scores.values()]
+    parts = np.split(top, np.cumsum(sizes)[:-1])
+    return {
+        module: (float(part.sum() / top.sum()), len(part) / len(top))
+        for module, part in zip(profile.scores, parts, strict=True)
+    }
 
 
-def _head_share(profile: Profile, top: np.ndarray) -> float:
-    return sum(share for module, share in _share_by_module(profile, top).items() if module.endswith("lm_head"))
-
-
-def _fullest(profile: Profile, top: np.ndarray) -> float:
-    shares = _share_by_module(profile, top)
-    layers = Groups(list(profile.scores)).layers
-    return max(sum(shares[module] for module in modules) for modules in layers.values())
+def _fullest(groups: Mapping[str, Sequence[str]], shares: Mapping[str, tuple[float, float]]) -> Fullest:
+    """Of groups of modules the one with most of the top: its name, its share of the top, and of all channels."""
+    found = [(name, *np.sum([shares[module] for module in modules], axis=0)) for name, modules in groups.items()]
+    name, of_top, of_all = max(found, key=lambda one: one[1])
+    return name, float(of_top), float(of_all)

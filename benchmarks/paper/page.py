@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from experiment import Setting
-from findings import TOP, Found
-from rules import PAPER
-from tables import KEPT, Row
+from findings import TOP, Found, Fullest
+from rules import PAPER, Point
+from scoring import Interval, Scores, difference
+from tables import KEPT, Row, Table
 
 __all__ = ["draw_grid", "section", "write_section"]
 
-Rows = Mapping[str, Sequence[Row]]  # experiment -> its rows
+STOCK = ("task arithmetic", "TIES", "DARE", "DELLA")
 
 
 def write_section(path: Path, setting: Setting, text: str) -> None:
@@ -32,9 +34,9 @@ def write_section(path: Path, setting: Setting, text: str) -> None:
 
 def section(
     setting: Setting,
-    rows: Rows,
-    controls: Sequence[Row],
-    merged: Sequence[Row],
+    tables: Mapping[str, Table],
+    controls: Table,
+    merged: Table | None,
     found: tuple[Found, Found],
     facts: str,
     images: str,
@@ -42,42 +44,55 @@ def section(
     """The section.
 
     Args:
-        rows: of table 3.
-        controls: of its first experiment.
-        merged: of table 4.
+        tables: experiment -> its table 3.
+        controls: of the first of them.
+        merged: table 4.
         found: of all channels, and without those that the better rules leave out.
         facts: how it was run, a line.
         images: where the figures lie, as the page names them.
     """
-    first = next(iter(rows))
+    first = next(iter(tables))
+    show = _Show(setting.short)
     parts = [
         f"## Setting `{setting.name}`\n\n{setting.about}\n\n{facts}",
-        f"### What is recovered, and what is kept (the paper's table 3)\n\n{_CHOSEN}\n\n{_overview(rows)}",
-        *(f"{_title(name)}\n\n{_table3(some)}" for name, some in rows.items()),
-        f"### At equal shares of the parameters\n\n{_SHARES}\n\n{_by_share(rows)}",
-        f"### Density and weight (figure 5)\n\n{_FIGURE}\n\n![]({images}-grid.png)",
-        f"### Controls\n\nOf `{first}`.\n\n{_controls(controls, rows[first])}",
-        f"### Specialists merged into their base (table 4)\n\n{_table4(merged)}" if merged else "",
+        f"### What is recovered, and what is kept (the paper's table 3)\n\n{_CHOSEN}\n\n{_overview(setting, tables)}",
+        _EACH,
+        *(f"`{name}`, {_counted(table.target.scores)}:\n\n{show.table3(table)}" for name, table in tables.items()),
+        f"### At equal shares of the parameters\n\n{_SHARES}\n\n{_by_share(tables)}",
+        f"### Density and weight (figure 5)\n\n{_FIGURE.format(first=first)}\n\n![]({images}-grid.png)",
+        f"### Controls\n\n{_CONTROLS.format(first=first)}\n\n{show.controls(controls, tables[first])}",
+        f"### Specialists merged into their base (table 4)\n\n{_MERGED}\n\n{_table4(merged)}" if merged else "",
         *_findings(found, images),
-        f"### Which claims hold here\n\n{_claims(rows, merged, found)}",
+        f"### Which claims hold here\n\n{_BARS}\n\n{_claims(tables, merged, found)}",
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-_CHOSEN = f"""Of each rule the density and the weight that recover most on validation samples (two fifths of those held
-out) while the kept abilities have {KEPT:.0%} of the likelihood that the target gives to their answers. Told are the
-other samples, with 95 % bootstrap intervals: *kept*, the share of right answers of the kept abilities; *nats*, the
-negative log-likelihood of an answer token of what is to be recovered; *right*, the share of its answers that are right
-as a whole; *others*, nats of abilities that are neither. Behind the arrow: after the same short fine-tuning on the
-profiled samples."""
-_SHARES = """Nats of what is to be recovered, on test samples, mean over the experiments (range); the weight is again
-the largest that keeps enough."""
-_FIGURE = """On validation samples of the first experiment: shares of the parameters with weight 0.5, and weights with
-the smallest share; of task arithmetic all parameters."""
+_CHOSEN = f"""Of each rule and share the largest weight with which, on validation samples (two fifths of those held
+out), an answer token of the kept abilities becomes no more than {KEPT} nats less likely than by the target; of the
+shares the one that recovers most there. Where none keeps enough, the target stays as it is. The numbers are of the
+other samples (test): *kept*, the share of right answers of the kept abilities; *nats*, the negative log-likelihood of
+an answer token of what is to be recovered (less is better). Means over the runs of a kind, in brackets the smallest
+and the largest; *tuned*: after the same short fine-tuning of the chosen merge on the profiled samples."""
+_EACH = """Each run, with 95 % intervals (bootstrap; of shares Wilson's). *Moved* are the parameters' share and the
+weight, with a star where it lies at the edge of what was tried; *lost*, nats by which an answer token of the kept
+abilities became less likely; *right*, the share of whole answers that came back; *others*, nats of abilities that are
+neither recovered nor kept. Behind the arrow: after fine-tuning."""
+_SHARES = """Nats of what is to be recovered, on test samples, mean over the runs (smallest and largest); for each share
+the weight is chosen as above."""
+_FIGURE = """`{first}`, on validation samples. Above by share with weight 0.5 (task arithmetic has but one), below by
+weight with the smallest share."""
+_CONTROLS = """Of `{first}`. *Equal channels*: the union of the abilities' masks has that share of the channels. The
+last two rows are the paper's own settings: a density for each ability, and a weight that is not chosen."""
+_MERGED = """Here nothing is to be kept: of two shares and all weights the point with the least validation nats, mean
+over the specialists' abilities."""
+_BARS = "The paper gives no bars for its findings; those named here are ours."
 
 
-def _title(name: str) -> str:
-    return f"`{name}`"
+def _counted(scores: Scores) -> str:
+    names = {"recover": "to recover", "keep": "to keep", "others": "of others"}
+    counts = scores.counts()
+    return "test samples " + ", ".join(f"{counts[role]} {name}" for role, name in names.items() if role in counts)
 
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -85,208 +100,267 @@ def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
 
 
-def _with_interval(scores: Mapping[str, Any] | None, name: str) -> str:
-    if scores is None or math.isnan(scores[name]):
-        return ""
-    low, high = scores["intervals"][name]
-    return f"{scores[name]:.2f} ({low:.2f} to {high:.2f})"
-
-
-def _then(row: Row, name: str) -> str:
-    before = _with_interval(row.scores, name)
-    return f"{before} → {row.tuned[name]:.2f}" if row.tuned is not None and before else before
-
-
-def _best(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row.share is None]
-
-
-def _chosen(row: Row) -> str:
-    if row.scores is None:
-        return "none keeps enough"
-    return f"{row.parameters:.1%}, weight {row.point.weight:g}" if row.point else ""
-
-
-def _table3(rows: Sequence[Row]) -> str:
-    names = ("kept", "nll", "exact", "others")
-    lines = [[row.name, _chosen(row), *(_then(row, name) for name in names)] for row in _best(rows)]
-    return _markdown(["", "parameters", "kept", "nats", "right", "others"], lines)
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
+def _spread(values: Sequence[float]) -> str:
+    if not values or math.isnan(values[0]):
         return ""
     shown = f"{np.mean(values):.2f}"
     return f"{shown} ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else shown
 
 
-def _overview(rows: Rows) -> str:
+def _with(value: float, interval: Interval) -> str:
+    return f"{value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
+
+
+def _nats(scores: Scores, role: str) -> str:
+    return "" if math.isnan(scores.nats(role)) else _with(scores.nats(role), scores.nats_interval(role))
+
+
+def _right(scores: Scores, role: str) -> str:
+    return _with(scores.right(role), scores.right_interval(role)) if scores.abilities(role) else ""
+
+
+def _moved(row: Row) -> str:
+    if row.point is None:
+        return ""
+    point, shares, weights = row.point, row.point.rule.shares, row.point.rule.weights
+    share_at_edge = len(shares) > 1 and point.share in (shares[0], shares[-1])
+    weight_at_edge = len(weights) > 1 and point.weight == weights[-1]
+    share = f"{row.parameters:.1%}{'*' if share_at_edge else ''}"
+    return f"{share}, {point.weight:g}{'*' if weight_at_edge else ''}"
+
+
+def _named(row: Row) -> str:
+    return f"{row.name}: none keeps enough" if row.point is None else row.name
+
+
+def _overview(setting: Setting, tables: Mapping[str, Table]) -> str:
     """Means over the experiments of a family, and their range."""
-    families: dict[str, list[Sequence[Row]]] = {}
-    for name, some in rows.items():
-        families.setdefault(name.rpartition("-")[0], []).append(_best(some))
-    header, lines = [""], []
+    families: dict[str, list[Table]] = {}
+    for experiment in setting.experiments:
+        families.setdefault(experiment.family, []).append(tables[experiment.name])
+    header = [""]
     for family, runs in families.items():
-        seeds = f"{len(runs)} seeds" if len(runs) > 1 else "1 seed"
-        header += [f"{family} ({seeds}): kept", "nats", "nats, fine-tuned", "right"]
-    for place, row in enumerate(next(iter(families.values()))[0]):
-        line = [row.name]
+        header += [f"{family} ({len(runs)} run{'s' * (len(runs) > 1)}): kept"] if setting.short else []
+        with_tuned = sum(table.target.tuned is not None for table in runs)
+        header += ["nats" if setting.short else f"{family}: nats"]
+        header += (
+            ["nats, tuned" if with_tuned == len(runs) else f"nats, tuned ({with_tuned} run)"] if with_tuned else []
+        )
+    lines = []
+    for name, of in [("target", lambda t: t.target), ("ability model", lambda t: t.abilities[0])] + [
+        (row.name, lambda t, place=place: t.best[place])
+        for place, row in enumerate(next(iter(families.values()))[0].best)
+    ]:
+        line = [name]
         for runs in families.values():
-            own = [run[place] for run in runs]
-            scores, tuned = [r.scores for r in own if r.scores], [r.tuned for r in own if r.tuned]
-            if len(scores) < len(own):
-                line += ["none keeps enough", "", "", ""]
-                continue
-            line += [_mean([s["kept"] for s in scores]), _mean([s["nll"] for s in scores])]
-            line += [_mean([s["nll"] for s in tuned]), _mean([s["exact"] for s in scores])]
+            rows = [of(table) for table in runs]
+            stay = sum(row.point is None for row in rows) if name not in ("target", "ability model") else 0
+            tuned = [row.tuned.nats("recover") for row in rows if row.tuned]
+            line += [_spread([row.scores.right("keep") for row in rows])] if setting.short else []
+            nats = _spread([row.scores.nats("recover") for row in rows])
+            line += [f"{nats}, {stay} of {len(rows)} stay the target" if stay else nats]
+            line += [_spread(tuned)] if runs[0].target.tuned else []
         lines.append(line)
     return _markdown(header, lines)
 
 
-def _by_share(rows: Rows) -> str:
+class _Show:
+    """Tables of an experiment.
+
+    Args:
+        short: whether shares of right answers mean anything.
+    """
+
+    def __init__(self, short: bool) -> None:
+        self._short = short
+
+    def table3(self, table: Table) -> str:
+        kept = table.target.scores.nats("keep")
+        lines = []
+        for row in (table.target, *table.abilities, *table.best):
+            line = [_named(row) if row in table.best else row.name, _moved(row)]
+            line += [_then(row, lambda s: _right(s, "keep"), lambda s: s.right("keep"))] if self._short else []
+            line += [f"{row.scores.nats('keep') - kept:+.2f}" if row.point else ""]
+            line += [_then(row, lambda s: _nats(s, "recover"), lambda s: s.nats("recover"))]
+            line += [_then(row, lambda s: _right(s, "recover"), lambda s: s.right("recover"))] if self._short else []
+            line += [_then(row, lambda s: _nats(s, "others"), lambda s: s.nats("others"))]
+            lines.append(line)
+        kept_and_right = (["kept"], ["right"]) if self._short else ([], [])
+        return _markdown(["", "moved", *kept_and_right[0], "lost", "nats", *kept_and_right[1], "others"], lines)
+
+    def controls(self, controls: Table, table: Table) -> str:
+        own = [row for row in table.rules if row.share is not None and row.name in (PAPER.name, "attribution")]
+        one_share = {row.name for row in controls.best} - {row.name for row in controls.rules if row.share is not None}
+        lines = []
+        for row in (*own, *(row for row in controls.rules if row.share is not None or row.name in one_share)):
+            moved = [f"{row.channels:.1%}", f"{row.parameters:.1%}", f"{row.point.weight:g}"] if row.point else [""] * 3
+            kept = [_right(row.scores, "keep")] if self._short else []
+            lines.append([_named(row), *moved, *kept, _nats(row.scores, "recover")])
+        return _markdown(["", "channels", "parameters", "weight", *(["kept"] if self._short else []), "nats"], lines)
+
+
+def _then(row: Row, show: Any, value: Any) -> str:
+    before = show(row.scores)
+    return f"{before} → {value(row.tuned):.2f}" if row.tuned is not None and before else before
+
+
+def _by_share(tables: Mapping[str, Table]) -> str:
     found: dict[str, dict[float, list[float]]] = {}
-    for some in rows.values():
-        for row in some:
+    for table in tables.values():
+        for row in table.rules:
             if row.share is not None:
-                values = found.setdefault(row.name, {}).setdefault(row.share, [])
-                values += [row.scores["nll"]] if row.scores else []
+                found.setdefault(row.name, {}).setdefault(row.share, []).append(row.scores.nats("recover"))
     shares = sorted({share for own in found.values() for share in own})
-    lines = [[name, *(_mean(own.get(share, [])) for share in shares)] for name, own in found.items()]
+    lines = [[name, *(_spread(own[share]) for share in shares)] for name, own in found.items()]
     return _markdown(["", *(f"{share:.0%}" for share in shares)], lines)
 
 
-def _controls(controls: Sequence[Row], rows: Sequence[Row]) -> str:
-    own = [row for row in rows if row.share is not None and row.name in (PAPER.name, "attribution")]
-    lines = []
-    for row in (*own, *(row for row in controls if row.share is not None or row.name.startswith("attribution of"))):
-        if row.point:
-            moved = [f"{row.channels:.1%}", f"{row.parameters:.1%}", f"{row.point.weight:g}"]
-            lines.append([row.name, *moved, _with_interval(row.scores, "kept"), _with_interval(row.scores, "nll")])
-    return _markdown(["", "channels", "parameters", "weight", "kept", "nats"], lines)
-
-
-def _table4(rows: Sequence[Row]) -> str:
+def _table4(table: Table) -> str:
     """Abilities of one name up to its first hyphen (a domain in several languages) are one column."""
-    abilities = list(rows[0].scores["abilities"]) if rows[0].scores else []
-    domains = list(dict.fromkeys(ability.partition("-")[0] for ability in abilities))
+    domains = list(dict.fromkeys(name.partition("-")[0] for name in table.target.scores.abilities("recover")))
     lines = []
-    for row in (row for row in _best(rows) if row.scores):
-        own = row.scores["abilities"].items()
-        right = [f"{np.mean([score for name, score in own if name.startswith(d)]):.2f}" for d in domains]
-        means = (_with_interval(row.scores, "exact"), _with_interval(row.scores, "nll"))
-        lines.append([row.name, _chosen(row), *right, *means])
-    return _markdown(["", "parameters of each", *(f"{d}: right" for d in domains), "right, mean", "nats, mean"], lines)
+    for row in (replace(table.target, name="base"), *table.abilities, *table.best):
+        right = [f"{row.scores.right('recover', domain):.2f}" for domain in domains]
+        lines.append([row.name, _moved(row), *right, _right(row.scores, "recover"), _nats(row.scores, "recover")])
+    return _markdown(["", "moved of each", *(f"{d}: right" for d in domains), "right, mean", "nats, mean"], lines)
 
 
 def _findings(found: tuple[Found, Found], images: str) -> Iterator[str]:
     every, without = found
     yield f"### Findings\n\nMasks of the top {TOP:.0%} of all channels, by the paper's score; chance is {TOP:.0%}."
-    more = ["largest changes of weights", "share of all scores", "in the head", "in the fullest layer"]
+    more = ["largest changes of weights", "share of all scores", "in the head", "fullest module kind", "fullest layer"]
     for n, pair in enumerate(every.pairs):
         lines = []
         for m, ability in enumerate(every.abilities):
-            shares = (every.weights[n, m], every.held[n, m], every.in_head[n, m], every.layers[n, m])
-            lines.append([ability, *(f"{100 * share:.0f} %" for share in (*every.overlap[n, m], *shares))])
-        yield f"Tables 1, 2 and 5, figure 20:\n\n{_markdown([f'`{pair}`', *every.abilities, *more], lines)}"
-    pairs = [(n, m) for n in range(len(every.pairs)) for m in range(n)]
+            shares = [*every.overlap[n, m, n], every.weights[n, m], every.held[n, m], every.head[n, m]]
+            fullest = (_fullest(every.kinds[n][m]), _fullest(every.layers[n][m]))
+            lines.append([ability, *(f"{100 * share:.0f} %" for share in shares), *fullest])
+        header = [f"`{pair}`", *every.abilities, *more]
+        yield (
+            "Overlaps (tables 1 and 5, figure 20), with the weights' (table 2), and where the top is:\n\n"
+            + _markdown(header, lines)
+        )
     lines = [
-        [f"`{every.pairs[m]}`, `{every.pairs[n]}`"]
+        [f"`{every.pairs[n]}`, `{every.pairs[m]}`"]
         + [
-            f"{100 * every.across[m, n, k]:.0f} % ({100 * without.across[m, n, k]:.0f} %)"
+            f"{100 * every.overlap[n, k, m, k]:.0f} % ({100 * without.overlap[n, k, m, k]:.0f} %)"
             for k in range(len(every.abilities))
         ]
-        for n, m in pairs
+        for m in range(len(every.pairs))
+        for n in range(m)
     ]
     shown = "Figure 3, one ability by two pairs (in brackets: without the modules that the better rules leave out):"
     yield f"{shown}\n\n{_markdown(['', *every.abilities], lines)}"
     yield f"Figure 1, the first pair:\n\n![]({images}-distribution.png)"
 
 
-def _claims(rows: Rows, merged: Sequence[Row], found: tuple[Found, Found]) -> str:
-    """Each claim, the numbers it hangs on, and whether it holds by the measure that is named."""
-    claims = [*_findings_hold(*found), _recovers_more(rows), _fine_tunes_better(rows), _merges_as_well(merged)]
+def _fullest(fullest: Fullest) -> str:
+    name, of_top, of_all = fullest
+    return f"{name}: {100 * of_top:.0f} % (has {100 * of_all:.0f} % of all)"
+
+
+Claim = tuple[str, bool | None, str]  # claim, whether it holds (None: not decided), why
+
+
+def _claims(tables: Mapping[str, Table], merged: Table | None, found: tuple[Found, Found]) -> str:
+    """Each claim, the numbers it hangs on, and whether it holds by the bar that is named."""
+    claims = [*_findings_hold(*found), _recovers_more(tables), _fine_tunes_better(tables), _merges_as_well(merged)]
+    verdicts = {True: "holds", False: "does not hold", None: "is not decided here"}
     return "\n".join(
-        f"- {claim}: **{'holds' if held else 'does not hold'}**. {why[0].upper()}{why[1:]}."
+        f"- {claim}: **{verdicts[held]}**. {why[0].upper()}{why[1:]}."
         for claim, held, why in (one for one in claims if one)
     )
 
 
-_Claim = tuple[str, bool, str]  # claim, whether it holds, why
-_STOCK = ("task arithmetic", "TIES", "DARE", "DELLA")
-
-
-def _findings_hold(every: Found, without: Found) -> Iterator[_Claim]:
+def _findings_hold(every: Found, without: Found) -> Iterator[Claim]:
     yield (
         "1. Large differences are in few channels",
         bool(every.held.min() > 0.1),
-        f"the top 1 % hold {_range(every.held)} of the sum of all scores (holds if all hold over 10 %)",
+        f"the top 1 % hold {_range(every.held)} of the sum of all scores (bar: over 10 % for all abilities)",
+    )
+    kinds, layers = (
+        max((one for some in of for one in some), key=lambda one: one[1]) for of in (every.kinds, every.layers)
     )
     yield (
         "2. No layer or module dominates",
-        bool(max(every.in_head.max(), every.layers.max()) < 0.5),
-        f"the head has {_range(every.in_head)} of the top 1 %, the fullest layer {_range(every.layers)} (holds if all "
-        "have less than half)",
+        max(kinds[1], layers[1]) < 0.5,
+        f"at most one module kind has {100 * kinds[1]:.0f} % of the top ({kinds[0]}, {100 * kinds[2]:.0f} % of all "
+        f"channels), one layer {100 * layers[1]:.0f} % ({layers[0]}, {100 * layers[2]:.0f} %) (bar: less than half)",
     )
-    apart = ~np.eye(len(every.abilities), dtype=bool)
+    count = len(every.abilities)
+    apart = ~np.eye(count, dtype=bool)
+    overlaps, inner = (np.stack([f.overlap[n, :, n][apart] for n in range(len(f.pairs))]) for f in (every, without))
     yield (
         "3. Masks of different abilities are different ones",
-        bool(every.overlap[:, apart].mean() < 0.36),
-        f"overlaps are {_range(every.overlap[:, apart])}, without the head and the embedding "
-        f"{_range(without.overlap[:, apart])} (holds if below 36 % in the mean, the most that the paper has across "
-        "languages)",
+        bool(overlaps.mean() < 0.5),
+        f"two abilities of a pair share {_range(overlaps)}, {100 * overlaps.mean():.0f} % in the mean, without the "
+        f"head and the embedding {_range(inner)} (bar: less than half in the mean; the paper's table 1 has 42 %)",
     )
-    across = np.array([every.across[m, n] for n in range(len(every.pairs)) for m in range(n)])
-    if len(across):
+    places = [(n, m) for m in range(len(every.pairs)) for n in range(m)]
+    if places:
+        same = np.mean([np.diagonal(every.overlap[n, :, m]).mean() for n, m in places])
+        other = np.mean([every.overlap[n, :, m][apart].mean() for n, m in places])
         yield (
             "4. An ability has the same channels in other pairs",
-            bool(across.mean() > 0.36),
-            f"overlaps are {_range(across)} (holds if above 36 % in the mean)",
+            bool(same - other > 0.1),
+            f"one ability's masks by two pairs share {100 * same:.0f} %, masks of different abilities by two pairs "
+            f"{100 * other:.0f} % (bar: 10 points more)",
         )
     yield (
         "5. These are not the channels whose weights changed most",
         bool(every.weights.max() < 0.1),
-        f"overlaps are {_range(every.weights)}, chance is 1 % (holds if all are below 10 %)",
+        f"the two share {_range(every.weights)}, chance is 1 % (bar: less than 10 % for all)",
     )
 
 
-def _recovers_more(rows: Rows) -> _Claim:
-    gains: dict[str, list[float]] = {}
-    for some in rows.values():
-        before = some[0].scores["nll"]
-        for row in _best(some):
-            gains.setdefault(row.name, []).append(before - row.scores["nll"] if row.scores else 0.0)
-    strongest = max((name for name in _STOCK if name in gains), key=lambda name: np.mean(gains[name]))
-    ours, theirs = gains[PAPER.name], gains[strongest]
-    ahead = sum(a > b for a, b in zip(ours, theirs, strict=True))
-    return (
-        "ACT recovers more than merging methods that keep as much",
-        ahead == len(ours),
-        f"it gains {_mean(ours)} nats, {strongest} {_mean(theirs)}; more in {ahead} of {len(ours)} experiments",
-    )
+def _recovers_more(tables: Mapping[str, Table]) -> Claim:
+    parts, wins, of = [], 0, 0
+    for method in STOCK:
+        pairs = [(_row(table, method), _row(table, PAPER.name)) for table in tables.values()]
+        found = [difference(theirs.scores, ours.scores, "recover") for theirs, ours in pairs if theirs and ours]
+        if found:
+            ahead = sum(interval[0] > 0 for _, interval in found)
+            wins, of = wins + ahead, of + len(found)
+            parts.append(
+                f"{method} {_spread([gain for gain, _ in found])} ({ahead} of {len(found)} beyond its interval)"
+            )
+    why = "in nats it is better (less than 0: worse) than " + ", ".join(parts)
+    return "ACT recovers more than merging methods that keep as much", wins == of, why
 
 
-def _fine_tunes_better(rows: Rows) -> _Claim | None:
-    gains = []
-    for some in rows.values():
-        ours = next(row for row in _best(some) if row.name == PAPER.name)
-        if ours.tuned and some[0].tuned:
-            gains.append(some[0].tuned["nll"] - ours.tuned["nll"])
-    if not gains:
+def _fine_tunes_better(tables: Mapping[str, Table]) -> Claim | None:
+    gains: dict[str, list[tuple[float, Interval]]] = {}
+    for table in tables.values():
+        for row in table.best:
+            if row.tuned and table.target.tuned:
+                gains.setdefault(row.name, []).append(difference(table.target.tuned, row.tuned, "recover"))
+    if PAPER.name not in gains:
         return None
-    return "Fine-tuned it is better than the target fine-tuned", min(gains) > 0, f"by {_mean(gains)} nats"
-
-
-def _merges_as_well(merged: Sequence[Row]) -> _Claim | None:
-    scores = {row.name: row.scores for row in _best(merged) if row.scores}
-    if PAPER.name not in scores:
-        return None
-    best = min((name for name in _STOCK if name in scores), key=lambda name: scores[name]["nll"])
-    return (
-        "It merges specialists as well as the others",
-        scores[PAPER.name]["nll"] <= scores[best]["intervals"]["nll"][1],
-        f"{_with_interval(scores[PAPER.name], 'nll')} nats, {best} {_with_interval(scores[best], 'nll')} (holds within "
-        "the interval of the best)",
+    held = all(interval[0] > 0 for _, interval in gains[PAPER.name])
+    others = ", ".join(
+        f"{name} {np.mean([gain for gain, _ in own]):.2f}" for name, own in gains.items() if name != PAPER.name
     )
+    why = f"by {_spread([gain for gain, _ in gains[PAPER.name]])} nats; the others in the mean by {others}"
+    return "Fine-tuned it is better than the target fine-tuned", held, why
+
+
+def _merges_as_well(merged: Table | None) -> Claim | None:
+    ours = merged and _row(merged, PAPER.name)
+    if not merged or not ours:
+        return None
+    base = difference(merged.target.scores, ours.scores, "recover")
+    others = {row.name: difference(row.scores, ours.scores, "recover") for row in (*merged.abilities, *merged.best)}
+    compared = {name: others[name] for name in (*(row.name for row in merged.abilities), *STOCK) if name in others}
+    better = base[1][0] > 0 and all(interval[1] >= 0 for _, interval in compared.values())
+    held = None if base[1][0] <= 0 <= base[1][1] else better
+    why = f"in nats it is better (less than 0: worse) than the base by {_with(*base)}" + "".join(
+        f", than {name} by {_with(*one)}" for name, one in compared.items()
+    )
+    return "It merges specialists as well as the others", held, why
+
+
+def _row(table: Table, name: str) -> Row | None:
+    return next((row for row in table.best if row.name == name), None)
 
 
 def _range(values: np.ndarray) -> str:
@@ -294,28 +368,25 @@ def _range(values: np.ndarray) -> str:
     return f"{low} %" if low == high else f"{low} to {high} %"
 
 
-def draw_grid(grid: Mapping[str, Sequence[tuple[float, float, Mapping[str, Any]]]], out: Path) -> None:
-    """Figure 5: likelihood kept and nats to recover, over shares and over weights."""
+def draw_grid(grid: Mapping[str, Sequence[tuple[Point, Scores]]], out: Path) -> None:
+    """Figure 5: nats of what is kept and of what is to be recovered, over shares and over weights."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
-    smallest = min(share for some in grid.values() for share, _, _ in some)
+    smallest = min(point.share for some in grid.values() for point, _ in some)
     for name, some in grid.items():
-        for column, (measure, label) in enumerate((("likelihood", "likelihood kept"), ("nll", "nats to recover"))):
-            for row, x, chosen in (
-                (0, 0, [one for one in some if one[1] == 0.5]),
-                (1, 1, [one for one in some if one[0] in (smallest, 1.0)]),
-            ):
-                axes[row, column].plot(
-                    [one[x] for one in chosen], [one[2][measure] for one in chosen], "o-", label=name
-                )
+        by_share = [(point.share, scores) for point, scores in some if point.weight == 0.5]
+        by_weight = [(point.weight, scores) for point, scores in some if point.share in (smallest, 1.0)]
+        for row, own in enumerate((by_share, by_weight)):
+            for column, role in enumerate(("keep", "recover")):
+                axes[row, column].plot([x for x, _ in own], [s.nats(role) for _, s in own], "o-", label=name)
+                axes[row, column].set_ylabel(f"nats to {role}")
                 axes[row, column].set_xlabel(
                     ("share of the parameters, weight 0.5", f"weight, {smallest:.0%} of the parameters")[row]
                 )
-                axes[row, column].set_ylabel(label)
     axes[0, 0].legend(fontsize="small")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110, metadata={"Software": None})

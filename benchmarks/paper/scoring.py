@@ -1,28 +1,98 @@
-"""Likelihood and right answers on held-out samples, with bootstrap intervals; what is measured is kept in a file."""
+"""Likelihood and right answers on held-out samples; what is measured is kept in a file, sample by sample."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from experiment import Experiment
+from scipy.stats import binomtest
 from torch import Tensor
 
 from mergekit_act.abilities import Sample, Tokenizers, load_abilities
 from mergekit_act.evaluation import collect_held_out
 
-__all__ = ["MEASURES", "Scorer"]
+__all__ = ["Interval", "Scorer", "Scores", "difference"]
 
 VALIDATION = 0.4  # of the held-out samples; the others are for test
-BATCH = 40
-MEASURES = ("kept", "likelihood", "nll", "later", "exact", "others")
+BATCH_TOKENS = 2048
+ROUNDS = 2000
+
+Interval = tuple[float, float]
+
+
+class Scores:
+    """What a model makes of the samples of a part.
+
+    Args:
+        samples: role -> ability -> of each sample (loss of its answer, its answer tokens, whether it is right).
+    """
+
+    def __init__(self, samples: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> None:
+        self._samples = {
+            role: {ability: torch.tensor(some, dtype=torch.float64) for ability, some in own.items()}
+            for role, own in samples.items()
+        }
+
+    def nats(self, role: str) -> float:
+        """Negative log-likelihood per answer token, mean over the abilities of a role; NaN if there are none."""
+        return float(self._nats(role, None))
+
+    def nats_interval(self, role: str) -> Interval:
+        """Its 95 % bootstrap interval, samples drawn anew within each ability."""
+        return _interval(self._nats(role, _draws(self, role)))
+
+    def right(self, role: str, begins: str = "") -> float:
+        """Share of right answers, mean over the abilities of a role, or those whose name begins so."""
+        own = [some[:, 2].mean() for name, some in self._samples.get(role, {}).items() if name.startswith(begins)]
+        return float(torch.stack(own).mean()) if own else math.nan
+
+    def right_interval(self, role: str) -> Interval:
+        """Its 95 % interval (Wilson), of all samples of the role together."""
+        every = torch.cat([some[:, 2] for some in self._samples[role].values()])
+        found = binomtest(int(every.sum()), len(every)).proportion_ci(method="wilson")
+        return (found.low, found.high)
+
+    def abilities(self, role: str) -> list[str]:
+        return list(self._samples.get(role, {}))
+
+    def counts(self) -> dict[str, int]:
+        """Role -> its samples."""
+        return {role: sum(map(len, own.values())) for role, own in self._samples.items() if own}
+
+    def _nats(self, role: str, draws: Mapping[str, Tensor] | None) -> Tensor:
+        """One number, or one for each drawing (ability -> indices ``[rounds, samples]``)."""
+        own = []
+        for ability, some in self._samples.get(role, {}).items():
+            drawn = some if draws is None else some[draws[ability]]
+            own.append(drawn[..., 0].sum(-1) / drawn[..., 1].sum(-1))
+        return torch.stack(own).mean(0) if own else torch.tensor(math.nan)
+
+
+def difference(first: Scores, second: Scores, role: str) -> tuple[float, Interval]:
+    """By how many nats the second is better, and the 95 % interval of that (paired bootstrap)."""
+    draws = _draws(first, role)
+    return first.nats(role) - second.nats(role), _interval(first._nats(role, draws) - second._nats(role, draws))
+
+
+def _draws(scores: Scores, role: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = {ability: len(some) for ability, some in scores._samples.get(role, {}).items()}
+    return {ability: torch.randint(n, (ROUNDS, n), generator=generator) for ability, n in sizes.items()}
+
+
+def _interval(values: Tensor) -> Interval:
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return (low, high)
 
 
 class Scorer:
@@ -30,65 +100,71 @@ class Scorer:
 
     Args:
         experiment: whose samples.
-        store: JSON lines; what is in it is not measured again, and needs no model.
+        folder: what is in its ``scores.jsonl`` is not measured again, and needs no model.
+        settings: all that the scores depend on and their keys do not name.
+
+    Raises:
+        UsageError: what is there was measured with other settings.
     """
 
-    def __init__(self, experiment: Experiment, store: Path) -> None:
+    def __init__(self, experiment: Experiment, folder: Path, settings: object) -> None:
         self._experiment = experiment
-        self._store = store
-        store.parent.mkdir(parents=True, exist_ok=True)
-        lines = store.read_text().splitlines() if store.exists() else []
-        self._known: dict[str, dict[str, Any]] = {one["key"]: one for one in map(json.loads, lines)}
+        self._store = folder / "scores.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = self._store.read_text().splitlines(keepends=True) if self._store.exists() else []
+        if lines and not lines[-1].endswith("\n"):  # of a run that was stopped while it wrote
+            self._store.write_text("".join(lines[:-1]))
+            lines.pop()
+        self._known: dict[str, Any] = {one["key"]: one["value"] for one in map(json.loads, lines)}
+        texts = [path.read_text() for path in (*experiment.files, *experiment.others)]
+        written = hashlib.sha256("\n".join([*texts, repr((VALIDATION, experiment.recipe, settings))]).encode())
+        if self.once("settings", written.hexdigest) != written.hexdigest():
+            raise click.UsageError(f"{folder} was measured with other settings; name another folder")
 
-    def once(self, key: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
         """What is kept under a key, or else made now and kept."""
         if key not in self._known:
-            self._known[key] = {"key": key, **make()}
+            self._known[key] = make()
             with self._store.open("a") as lines:
-                lines.write(json.dumps(self._known[key]) + "\n")
+                lines.write(json.dumps({"key": key, "value": self._known[key]}) + "\n")
         return self._known[key]
 
-    def score(self, part: str, key: str, load: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
-        """The means of a part's samples, of ``test`` with their 95 % bootstrap intervals.
+    def score(self, part: str, key: str, load: Callable[[], AbstractContextManager[Any]]) -> Scores:
+        """A model's scores.
 
         Args:
             part: ``validation`` or ``test``.
             key: what the model is, for the file.
             load: gives a causal LM; not called if the scores are known.
         """
-        return self.once(f"{part} {key}", lambda: self._measured(part, load))
+        return Scores(self.once(f"{part} {key}", lambda: self._measured(part, load)))
 
-    def _measured(self, part: str, load: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
+    def _measured(self, part: str, load: Callable[[], AbstractContextManager[Any]]) -> Any:
         with load() as model:
-            scores = {
-                (role, ability): torch.tensor(list(_answers(model, some)), dtype=torch.float64)
-                for (its, role, ability), some in self._samples.items()
-                if its == part
+            return {
+                role: {ability: list(_answers(model, some)) for ability, some in own.items()}
+                for role, own in self._samples[part].items()
             }
-        one: dict[str, Any] = {name: float(value) for name, value in _summary(scores).items()}
-        one |= {"intervals": _intervals(scores)} if part == "test" else {}
-        return one | {"abilities": {ability: float(s[:, 2].mean()) for (_, ability), s in scores.items()}}
 
     @cached_property
-    def _samples(self) -> dict[tuple[str, str, str], list[Sample]]:
-        """(part, role, ability) -> samples."""
+    def _samples(self) -> dict[str, dict[str, dict[str, list[Sample]]]]:
+        """Part -> role -> ability -> samples."""
         self._experiment.prepare()
-        found = {}
-        others = self._experiment.others
-        for path in (*self._experiment.files, *([others] if others else [])):
+        found: dict[str, dict[str, dict[str, list[Sample]]]] = {"validation": {}, "test": {}}
+        for path in (*self._experiment.files, *self._experiment.others):
             file = load_abilities(path)
             for one in collect_held_out(file, Tokenizers(file.target, file.ability_model)):
-                role = "others" if path == others else one.role
+                role = "others" if path in self._experiment.others else one.role
                 cut = round(VALIDATION * len(one.samples))
-                found["test", role, one.ability] = list(one.samples[cut:])
+                found["test"].setdefault(role, {})[one.ability] = list(one.samples[cut:])
                 if role != "others":
-                    found["validation", role, one.ability] = list(one.samples[:cut])
+                    found["validation"].setdefault(role, {})[one.ability] = list(one.samples[:cut])
         return found
 
 
 @torch.inference_mode()
-def _answers(model: Any, samples: list[Sample]) -> Iterator[tuple[float, int, float, float]]:
-    """Of each: loss, answer tokens, whether all of them are the most likely (as greedy decoding finds), first loss.
+def _answers(model: Any, samples: list[Sample]) -> Iterator[tuple[float, int, float]]:
+    """Of each: loss, answer tokens, whether all of them are the most likely, as greedy decoding finds.
 
     What all samples begin with is computed once.
     """
@@ -97,64 +173,31 @@ def _answers(model: Any, samples: list[Sample]) -> Iterator[tuple[float, int, fl
     first = torch.stack([s.input_ids[:shortest] for s in samples])
     same = int((first == first[0]).all(0).cumprod(0).sum())
     prefix = model(samples[0].input_ids[None, :same].to(device), use_cache=True).past_key_values if same else None
-    order = sorted(range(len(samples)), key=lambda place: len(samples[place].input_ids))
-    found: dict[int, tuple[float, int, float, float]] = {}
-    for start in range(0, len(order), BATCH):
-        some = [samples[place] for place in order[start : start + BATCH]]
-        ids = torch.nn.utils.rnn.pad_sequence([s.input_ids[same:] for s in some], batch_first=True).to(device)
+    found: dict[int, tuple[float, int, float]] = {}
+    for places in _batches([len(s.input_ids) - same for s in samples]):
+        ids = [samples[place].input_ids[same:] for place in places]
         cache = copy.deepcopy(prefix)
         if cache is not None:
-            cache.batch_repeat_interleave(len(some))
-        hidden = model.base_model(ids, past_key_values=cache, use_cache=bool(same)).last_hidden_state
-        for line, place in enumerate(order[start : start + BATCH]):
+            cache.batch_repeat_interleave(len(places))
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+        hidden = model.base_model(padded, past_key_values=cache, use_cache=bool(same)).last_hidden_state
+        for line, place in enumerate(places):
             answers = samples[place].is_answer.nonzero().flatten()
-            logits = model.lm_head(hidden[line, answers - 1 - same]).float().cpu()
-            labels = samples[place].input_ids[answers]
-            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-            exact = float((logits.argmax(-1) == labels).all())
-            found[place] = (float(losses.sum()), len(labels), exact, float(losses[0]))
+            logits = model.lm_head(hidden[line, (answers - 1 - same).to(device)]).float()
+            labels = samples[place].input_ids[answers].to(device)
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            found[place] = (float(loss), len(labels), float((logits.argmax(-1) == labels).all()))
     for place in range(len(samples)):
         yield found[place]
 
 
-def _summary(scores: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
-    """Means over the abilities of a role; what there is none of is NaN.
-
-    Args:
-        scores: (role, ability) -> ``[..., samples, 4]``: as ``_answers`` has them.
-
-    Returns:
-        Tensors ``[...]``: ``kept``: share of the kept abilities' answers that are right; ``likelihood``: of their
-        tokens; ``nll``: nats per answer token of what is to be recovered; ``later``: likewise, behind the first token;
-        ``exact``: share of its answers that are right; ``others``: nats per answer token of the other abilities.
-    """
-
-    def mean(role: str, of: Callable[[Tensor], Tensor]) -> Tensor:
-        own = [of(s) for (its, _), s in scores.items() if its == role]
-        return torch.stack(own).mean(0) if own else torch.tensor(math.nan)
-
-    def nll(s: Tensor) -> Tensor:
-        return s[..., 0].sum(-1) / s[..., 1].sum(-1)
-
-    def later(s: Tensor) -> Tensor:
-        return (s[..., 0] - s[..., 3]).sum(-1) / (s[..., 1] - 1).sum(-1).clamp(min=1)
-
-    def exact(s: Tensor) -> Tensor:
-        return s[..., 2].mean(-1)
-
-    return {
-        "kept": mean("keep", exact),
-        "likelihood": (-mean("keep", nll)).exp(),
-        "nll": mean("recover", nll),
-        "later": mean("recover", later),
-        "exact": mean("recover", exact),
-        "others": mean("others", nll),
-    }
-
-
-def _intervals(scores: Mapping[tuple[str, str], Tensor], rounds: int = 2000) -> dict[str, list[float]]:
-    """95 % bootstrap intervals of the same, samples drawn anew within each ability."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = {key: s[torch.randint(len(s), (rounds, len(s)), generator=generator)] for key, s in scores.items()}
-    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {name: values.double().quantile(quantiles).tolist() for name, values in _summary(drawn).items()}
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places, shortest first, in batches of no more padded tokens than ``BATCH_TOKENS``, or one."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if batch and (len(batch) + 1) * lengths[place] > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from experiment import Experiment, Setting
-from rules import PAPER, RULES, Merges, Point, Rule, points
-from scoring import Scorer
+from rules import CONTROLS, PAPER, RULES, Merges, Point, Rule, points
+from scoring import Scorer, Scores
 from tqdm import tqdm
 
 from mergekit_act.finetuning import TrainingSettings, finetune
 
-__all__ = ["KEPT", "Row", "grid", "measure"]
+__all__ = ["KEPT", "Row", "Table", "grid", "measure"]
 
-KEPT = 0.97  # of the likelihood that the target gives to answer tokens of kept abilities
-
-Scores = Mapping[str, Any]
+KEPT = 0.03  # nats by which an answer token of the kept abilities may become less likely than by the target
 
 
 @dataclass(frozen=True)
@@ -31,87 +29,107 @@ class Row:
 
     Attributes:
         name: of the rule, or which model it is.
-        point: what was chosen; None of models that are not merged.
+        scores: on test samples; the target's if no point keeps enough.
+        point: what was chosen; None of models that are not merged, and if no point keeps enough.
         share: that it was chosen among; None for the best of all.
         channels: share that is moved.
         parameters: likewise.
-        scores: on test samples; None if no point keeps enough.
-        tuned: likewise, after fine-tuning.
+        tuned: scores after fine-tuning.
     """
 
     name: str
-    point: Point | None
-    share: float | None
-    channels: float
-    parameters: float
-    scores: Scores | None
+    scores: Scores
+    point: Point | None = None
+    share: float | None = None
+    channels: float = 0.0
+    parameters: float = 0.0
     tuned: Scores | None = None
 
 
-def measure(setting: Setting, experiment: Experiment, folder: Path, rules: Sequence[Rule]) -> list[Row]:
-    """The rows of a table; what was measured before is read from FOLDER/scores.jsonl."""
-    scorer = Scorer(experiment, folder / "scores.jsonl")
-    merges = Merges(setting, experiment, folder, _criteria(rules))
-    before = scorer.score("validation", "target", merges.of_target)["likelihood"]
+@dataclass(frozen=True)
+class Table:
+    """An experiment's rows.
 
-    def enough(one: Scores) -> bool:
-        return math.isnan(before) or one["likelihood"] >= KEPT * before
+    Attributes:
+        target: the model as it is.
+        abilities: the ability models.
+        rules: of each rule the best point, and the best of each share.
+    """
+
+    target: Row
+    abilities: Sequence[Row]
+    rules: Sequence[Row]
+
+    @property
+    def best(self) -> list[Row]:
+        """Of each rule the best point."""
+        return [row for row in self.rules if row.share is None]
+
+
+def measure(setting: Setting, experiment: Experiment, folder: Path, rules: Sequence[Rule]) -> Table:
+    """The table of an experiment; what was measured before is read from FOLDER/scores.jsonl."""
+    scorer, merges = _opened(setting, experiment, folder, rules)
+    before = scorer.score("validation", "target", merges.of_target).nats("keep")
+    target = scorer.score("test", "target", merges.of_target)
+
+    def enough(scores: Scores) -> bool:
+        return math.isnan(before) or scores.nats("keep") <= before + KEPT
 
     def tuned(key: str, write: Callable[[Path], None] | str) -> Scores | None:
         if experiment.recipe is None:
             return None
         return scorer.score("test", f"{key} fine-tuned", partial(_tuned, setting, experiment, merges, folder, write))
 
-    target = scorer.score("test", "target", merges.of_target)
-    rows = [Row("target", None, None, 0.0, 0.0, target, tuned("target", merges.files[0].target))]
+    abilities = []
     for file in merges.files:
-        key = f"ability model {Path(file.ability_model).name}"
-        scores = scorer.score("test", key, partial(merges.loaded, file.ability_model))
-        rows.append(Row(key, None, None, 1.0, 1.0, scores))
+        name = Path(file.ability_model).name
+        abilities.append(Row(name, scorer.score("test", name, partial(merges.loaded, file.ability_model))))
+    rows = []
     for rule in tqdm(rules, desc=experiment.name):
-        tried = list(_tried(rule, scorer, merges, enough, math.isnan(before)))
-        allowed = [(one["nll"], point) for point, one in tried if enough(one)]
+        tried = list(_tried(rule, scorer, merges, enough, every=math.isnan(before)))
         for share in (None, *(rule.shares if len(rule.shares) > 1 and rule.method == "act" else ())):
-            some = [one for one in allowed if share in (None, one[1].share)]
+            some = [one for one in tried if share in (None, one[0].share) and enough(one[1])]
             if not some:
-                rows.append(Row(rule.name, None, share, 0.0, 0.0, None))
+                rows.append(Row(rule.name, target, share=share))
                 continue
-            point = min(some, key=lambda one: one[0])[1]
+            point = min(some, key=lambda one: one[1].nats("recover"))[0]
             moved = scorer.once(f"moved {rule.name} {point.share:g}", partial(merges.moved, point))
-            scores = scorer.score("test", point.key, partial(merges.merged, point))
-            row = Row(rule.name, point, share, moved["channels"], moved["parameters"], scores)
+            row = Row(rule.name, scorer.score("test", point.key, partial(merges.merged, point)), point, share, **moved)
             if share is None and rule in RULES:
                 row = replace(row, tuned=tuned(point.key, partial(merges.write, point)))
             rows.append(row)
-    return rows
+    return Table(Row("target", target, tuned=tuned("target", merges.files[0].target)), abilities, rows)
 
 
-def grid(setting: Setting, experiment: Experiment, folder: Path) -> dict[str, list[tuple[float, float, Scores]]]:
-    """Figure 5: rule -> (share, weight, scores on validation samples) of every share and weight."""
-    rules = [rule for rule in RULES if rule.name in ("task arithmetic", PAPER.name, "attribution over damage")]
-    scorer = Scorer(experiment, folder / "scores.jsonl")
-    merges = Merges(setting, experiment, folder, _criteria(rules))
-    found: dict[str, list[tuple[float, float, Scores]]] = {}
-    for rule in rules:
-        for point in (point for some in points(rule) for point in some):
-            one = scorer.score("validation", point.key, partial(merges.merged, point))
-            found.setdefault(rule.name, []).append((point.share, point.weight, one))
-    return found
+def grid(setting: Setting, experiment: Experiment, folder: Path) -> dict[str, list[tuple[Point, Scores]]]:
+    """Figure 5: rule -> scores on validation samples of every share and weight."""
+    rules = [rule for rule in RULES if rule.name in ("task arithmetic", PAPER.name, "attribution")]
+    scorer, merges = _opened(setting, experiment, folder, rules)
+    return {
+        rule.name: [
+            (point, scorer.score("validation", point.key, partial(merges.merged, point)))
+            for some in points(rule)
+            for point in some
+        ]
+        for rule in rules
+    }
 
 
-def _criteria(rules: Sequence[Rule]) -> list[str]:
-    return list(dict.fromkeys(["weight", *(rule.criterion for rule in rules if rule.criterion), "attribution"]))
+def _opened(setting: Setting, experiment: Experiment, folder: Path, rules: Sequence[Rule]) -> tuple[Scorer, Merges]:
+    criteria = dict.fromkeys(["weight", *(rule.criterion for rule in rules if rule.criterion), "attribution"])
+    scorer = Scorer(experiment, folder, (RULES, CONTROLS, KEPT, setting.exclude, setting.dtype, setting.device))
+    return scorer, Merges(setting, experiment, folder, list(criteria))
 
 
 def _tried(
-    rule: Rule, scorer: Scorer, merges: Merges, enough: Callable[[Scores], bool], every: bool
+    rule: Rule, scorer: Scorer, merges: Merges, enough: Callable[[Scores], bool], *, every: bool
 ) -> Iterator[tuple[Point, Scores]]:
     """Of each share the points from the largest weight on, until the kept abilities keep enough."""
     for some in points(rule):
         for point in some:
-            one = scorer.score("validation", point.key, partial(merges.merged, point))
-            yield point, one
-            if enough(one) and not every:
+            scores = scorer.score("validation", point.key, partial(merges.merged, point))
+            yield point, scores
+            if enough(scores) and not every:
                 break
 
 
@@ -134,5 +152,6 @@ def _tuned(
         )
         merges.unload()  # room for the training
         finetune(source, merges.files[0], out, experiment.recipe, settings)
+        merges.unload()
         with merges.loaded(out) as model:
             yield model

@@ -24,8 +24,9 @@ STEPS = {"base": 850, "ability": 80, "target": 300, "early": 400, "specialist": 
 ABOUT = """Models of 0.8 M parameters in four invented languages and three domains (`mergekit-act demo`). From one base,
 five times, with rows in other orders: an ability model that is good at all, and a target that was trained on
 mathematics in two languages until it had forgotten the rest. To be recovered are facts in four languages, to be kept
-mathematics in two; the others are logic in four and mathematics in the other two languages. The specialists of table 4
-are a base that knows little of all three domains, trained on one each."""
+mathematics in two; the others are logic in four and mathematics in the other two languages. The base was trained on all
+rows, those of the test too: this is about what a model remembers. The specialists of table 4 are a base that knows
+little of all three domains, trained on one each."""
 
 
 def make_setting(folder: Path, *, quick: bool) -> Setting:
@@ -58,6 +59,8 @@ def _make(folder: Path, seed: int, steps: dict[str, int], recipe: Recipe | None)
     if not (folder / target).exists():
         base = AutoModelForCausalLM.from_pretrained(folder / "base")
         _save(_forgetful(base, tokenizer, "math", steps["target"], seed=2 * seed + 1), tokenizer, folder / target)
+    if not (folder / ability).exists():
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
         train(base, tokenizer, rows, range(steps["ability"]), learning_rate=5e-4, seed=2 * seed + 2)
         _save(base, tokenizer, folder / ability)
     recovered = {f"facts-{language}": "recover" for language in LANGUAGES}
@@ -66,7 +69,7 @@ def _make(folder: Path, seed: int, steps: dict[str, int], recipe: Recipe | None)
     others |= {f"math-{language}": "keep" for language in LANGUAGES if language not in KEPT}
     file = _write(folder / f"math-{seed}.yml", folder, target, ability, recovered | kept)
     others_file = _write(folder / f"math-{seed}-others.yml", folder, target, ability, others)
-    return Experiment(f"math-{seed}", (file,), others_file, recipe)
+    return Experiment(f"math-{seed}", "math", (file,), (others_file,), recipe)
 
 
 def _forgetful(base: Any, tokenizer: Any, domain: str, steps: int, *, seed: int) -> Any:
@@ -94,7 +97,7 @@ def _make_specialists(folder: Path, steps: dict[str, int]) -> Experiment:
             _save(model, tokenizer, folder / name)
         roles = {f"{domain}-{language}": "recover" for language in LANGUAGES}
         files.append(_write(folder / f"{name}.yml", folder, "early", name, roles))
-    return Experiment("specialists-0", tuple(files))
+    return Experiment("specialists", "specialists", tuple(files))
 
 
 def _pairs(folder: Path, steps: dict[str, int]) -> Iterator[Experiment]:
@@ -105,12 +108,15 @@ def _pairs(folder: Path, steps: dict[str, int]) -> Iterator[Experiment]:
         _save(_forgetful(base, tokenizer, "logic", steps["target"], seed=0), tokenizer, folder / "logic")
     every = {f"{domain}-{language}": "recover" for domain in ("math", "facts") for language in LANGUAGES}
     for name, target in (("math-and-ability", "target-0"), ("logic-and-ability", "logic")):
-        yield Experiment(name, (_write(folder / f"{name}.yml", folder, target, "ability-0", every),))
+        yield Experiment(name, "pairs", (_write(folder / f"{name}.yml", folder, target, "ability-0", every),))
 
 
 def _save(model: Any, tokenizer: Any, out: Path) -> None:
-    tokenizer.save_pretrained(out)
-    model.save_pretrained(out)
+    """All of it or nothing."""
+    part = out.with_name(f"{out.name}.part")
+    tokenizer.save_pretrained(part)
+    model.save_pretrained(part)
+    part.rename(out)
 
 
 def _write(path: Path, folder: Path, target: str, ability: str, roles: dict[str, str]) -> Path:
