@@ -32,6 +32,7 @@ from mergekit_act.sweep import PatchedModel
 __all__ = ["CONTROLS", "PAPER", "RULES", "Merges", "Point", "Rule", "make_profiles", "points"]
 
 SHARES = (0.01, 0.05, 0.2, 0.5)
+FEW = (0.05, 0.2)
 WEIGHTS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 
 
@@ -76,16 +77,16 @@ RULES = (
     Rule("all rows, fitted", fit=True, shares=(1.0,)),
 )
 CONTROLS = (
-    Rule("random", "random"),
-    Rule("weight change", "weight"),
-    Rule("activation, head and embedding left out", "activation"),
-    Rule("activation, centered logits", "centered", exclude=False),
-    Rule("activation over all tokens", "all-tokens", exclude=False),
-    Rule("activation, equal shares of every module", "per-module", exclude=False),
+    Rule("random", "random", shares=FEW),
+    Rule("weight change", "weight", shares=FEW),
+    Rule("activation, head and embedding left out", "activation", shares=FEW),
+    Rule("activation, centered logits", "centered", exclude=False, shares=FEW),
+    Rule("activation over all tokens", "all-tokens", exclude=False, shares=FEW),
+    Rule("activation, equal shares of every module", "per-module", exclude=False, shares=FEW),
     *(Rule(f"attribution of {n} samples", f"attribution-{n}", shares=(0.05,)) for n in (2, 8)),
-    Rule("activation, equal channels", "activation", exclude=False, shares=(0.01, 0.05), of="channels"),
-    Rule("attribution, equal channels", "attribution", shares=(0.01, 0.05), of="channels"),
-    Rule("random, equal channels", "random", shares=(0.01, 0.05), of="channels"),
+    Rule("activation, equal channels", "activation", exclude=False, shares=FEW, of="channels"),
+    Rule("attribution, equal channels", "attribution", shares=FEW, of="channels"),
+    Rule("random, equal channels", "random", shares=FEW, of="channels"),
     Rule("activation, 1 % of each, weight 0.4", "activation", exclude=False, shares=(0.01,), of="each", weights=(0.4,)),
     Rule("activation, 9 % of each, weight 0.7", "activation", exclude=False, shares=(0.09,), of="each", weights=(0.7,)),
 )
