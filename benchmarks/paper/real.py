@@ -61,7 +61,7 @@ def make_setting(folder: Path, *, quick: bool = False) -> Setting:
         experiments.append(Experiment(name, skill, (file,), (others,), None if seed else RECIPE, prepare))
     files, pairs = [], []
     for skill in SKILLS:
-        name = f"{skill}-{0}"
+        name = f"{skill}-0"
         files.append(_write(folder, f"general-from-{name}", "general", name, {skill: "recover"}, rows))
         every = dict.fromkeys(("facts", *SKILLS), "recover")
         pair = _write(folder, f"{name}-and-general", name, "general", every, rows)
