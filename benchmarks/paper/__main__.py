@@ -50,7 +50,7 @@ def main(name: str, folder: Path, page: Path | None, quick: bool) -> None:
     first = setting.experiments[0]
     controls = measure(setting, first, measured / first.name, CONTROLS[:1] if quick else CONTROLS)
     merged = None
-    if setting.specialists:
+    if setting.specialists:  # nothing is to be kept: no damage, and every weight is tried
         some = [replace(rule, shares=rule.shares[1::2] or rule.shares) for rule in rules if not rule.retain]
         merged = measure(setting, setting.specialists, measured / setting.specialists.name, some)
     found = (find(setting, measured / "findings"), find(setting, measured / "findings", exclude=setting.exclude))
