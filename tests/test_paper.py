@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny import make_model, make_tokenizer, tiny_config
 
 KIT = Path(__file__).parents[1] / "benchmarks" / "paper"
@@ -62,13 +63,13 @@ def test_scores_by_hand(monkeypatch):
     monkeypatch.syspath_prepend(str(KIT))
     from scoring import Scores, difference
 
-    before = Scores({"recover": {"a": [[4.0, 2, 0.0], [2.0, 1, 0.0]], "b": [[3.0, 1, 0.0], [5.0, 1, 1.0]]}, "keep": {}})
-    after = Scores({"recover": {"a": [[2.0, 2, 1.0], [1.0, 1, 1.0]], "b": [[2.0, 1, 0.0], [4.0, 1, 1.0]]}, "keep": {}})
-    assert before.nats("recover") == (6 / 3 + 8 / 2) / 2
+    before = Scores({"recover": {"a": [[5.0, 2, 0.0], [2.0, 1, 0.0]], "b": [[3.0, 1, 0.0], [5.0, 1, 1.0]]}, "keep": {}})
+    after = Scores({"recover": {"a": [[3.0, 2, 1.0], [1.0, 1, 1.0]], "b": [[2.0, 1, 0.0], [4.0, 1, 1.0]]}, "keep": {}})
+    assert before.nats("recover") == pytest.approx((7 / 3 + 8 / 2) / 2)
     assert before.right("recover") == (0 + 1 / 2) / 2
     assert math.isnan(before.nats("keep"))
     gain, (low, high) = difference(before, after, "recover")
-    assert gain == 3 - (3 / 3 + 6 / 2) / 2
-    assert low == high == 1.0  # every sample gains one nat a token: whatever is drawn
+    assert gain == pytest.approx((7 / 3 + 8 / 2) / 2 - (4 / 3 + 6 / 2) / 2)
+    assert (low, high) == pytest.approx((1.0, 1.0))  # every sample gains one nat a token: whatever is drawn
     low, high = after.right_interval("recover")
     assert low < 0.75 < high < 1.0
