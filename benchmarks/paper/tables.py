@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import Experiment, Setting
-from rules import CONTROLS, PAPER, RULES, Merges, Point, Rule, points
+from rules import CONTROLS, PAPER, RULES, SHARES, Merges, Point, Rule, points
 from scoring import Scorer, Scores
 from tqdm import tqdm
 
@@ -84,13 +84,14 @@ def measure(setting: Setting, experiment: Experiment, folder: Path, rules: Seque
     for file in merges.files:
         name = Path(file.ability_model).name
         abilities.append(Row(name, scorer.score("test", name, partial(merges.loaded, file.ability_model))))
+    stays = Row("target", target, tuned=tuned("target", merges.files[0].target))
     rows = []
     for rule in tqdm(rules, desc=experiment.name):
         tried = list(_tried(rule, scorer, merges, enough, every=math.isnan(before)))
         for share in (None, *(rule.shares if len(rule.shares) > 1 and rule.method == "act" else ())):
             some = [one for one in tried if share in (None, one[0].share) and enough(one[1])]
             if not some:
-                rows.append(Row(rule.name, target, share=share))
+                rows.append(replace(stays, name=rule.name, share=share))
                 continue
             point = min(some, key=lambda one: one[1].nats("recover"))[0]
             moved = scorer.once(f"moved {rule.name} {point.share:g}", partial(merges.moved, point))
@@ -98,12 +99,14 @@ def measure(setting: Setting, experiment: Experiment, folder: Path, rules: Seque
             if share is None and rule in RULES:
                 row = replace(row, tuned=tuned(point.key, partial(merges.write, point)))
             rows.append(row)
-    return Table(Row("target", target, tuned=tuned("target", merges.files[0].target)), abilities, rows)
+    return Table(stays, abilities, rows)
 
 
 def grid(setting: Setting, experiment: Experiment, folder: Path) -> dict[str, list[tuple[Point, Scores]]]:
-    """Figure 5: rule -> scores on validation samples of every share and weight."""
-    rules = [rule for rule in RULES if rule.name in ("task arithmetic", PAPER.name, "attribution")]
+    """Figure 5: rule -> scores on validation samples of shares and weights; of TIES and DARE with one weight."""
+    every = {rule.name: rule for rule in RULES}
+    sparse = [replace(every[name], shares=SHARES, weights=(0.5,)) for name in ("TIES", "DARE")]
+    rules = [every["task arithmetic"], *sparse, PAPER, every["attribution"]]
     scorer, merges = _opened(setting, experiment, folder, rules)
     return {
         rule.name: [
