@@ -18,15 +18,21 @@ from mergekit.architecture.auto import infer_vocabulary_axes
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
-from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
+from mergekit.io.tasks import FinalizeModel, GatherTensors, LoaderCache, LoadTensor, ReturnTensor, SaveTensor
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 
 from mergekit_act.merging import refuse_to_run
 
 __all__ = [
     "REQUIRED",
+    "BuildTokenizer",
+    "FinalizeModel",
     "GatherTensors",
     "LoadTensor",
     "LoaderCache",
+    "PermutedVocabulary",
+    "ReturnTensor",
+    "SaveTensor",
     "can_convert_checkpoint_keys",
     "infer_vocabulary_axes",
     "names_from_loaders",
@@ -116,6 +122,7 @@ REQUIRED: Mapping[str, tuple[Name, ...]] = {
             "MergePlanner._tensors",
             "MergePlanner._plan(self)",
             "MergePlanner.plan_to_disk(self, out_path)",
+            "MergePlanner.plan_in_memory(self)",
             "MergePlanner.plan_tensor(self, weight, weights_in, models, cfg_reader)",
         ),
         # Tasks: read, and copied with other fields.
@@ -138,8 +145,16 @@ REQUIRED: Mapping[str, tuple[Name, ...]] = {
             "LoadTensor.dtype",
             "LoadTensor.device",
             "LoadTensor._resolve_name(self, loader)",
+            "SaveTensor.tensor_task",
+            "ReturnTensor.tensor_task",
+            "FinalizeModel.tensor_save_tasks",
         ),
-        *_names("mergekit.tokenizer", "PermutedVocabulary.gather_tensors"),
+        *_names(
+            "mergekit.tokenizer",
+            "BuildTokenizer",
+            "PermutedVocabulary.gather_tensors",
+            "PermutedVocabulary.tokenizer_task",
+        ),
         # Models: opened by mergekit's cache, or stood in for by their headers.
         *_names(
             "mergekit.io.tasks",

@@ -1,8 +1,14 @@
-"""What a planned tensor loads: no model that gives nothing to it, nothing twice for both names of a tied head."""
+"""What a planned tensor loads, and where it is merged.
+
+No model is loaded that gives nothing to it, nothing twice for both names of a tied head. Loads, merge and result are
+one task on the CPU, wherever mergekit is told to load, compute or keep tensors: adding to a few rows costs less than
+moving whole tensors of all models, mapped files stay mapped, and a merge has the same bytes with every device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,14 +22,24 @@ from mergekit_act.checkpoints import TensorHeader, read_headers
 from mergekit_act.files import file_state
 from mergekit_act.merging.mapped import map_tensor
 from mergekit_act.merging.methods import METHOD
-from mergekit_act.planning.internals import GatherTensors, LoaderCache, LoadTensor, stored_name
+from mergekit_act.planning.internals import (
+    BuildTokenizer,
+    FinalizeModel,
+    GatherTensors,
+    LoaderCache,
+    LoadTensor,
+    PermutedVocabulary,
+    ReturnTensor,
+    SaveTensor,
+    stored_name,
+)
 from mergekit_act.planning.models import CONVERTED
 
-__all__ = ["CopyOf", "gather", "load_less"]
+__all__ = ["CopyOf", "MergeTensor", "load_less", "take_held"]
 
 
-def load_less(task: Any, selections: Collection[ModelReference], headers: Sequence[TensorHeader | None]) -> Any:
-    """The task, loading only what its result depends on.
+def load_less(task: Any, selections: Collection[ModelReference], headers: Sequence[TensorHeader | None]) -> MergeTensor:
+    """The task with its loads, loading only what its result depends on.
 
     Args:
         task: executes a merge method for one tensor.
@@ -31,54 +47,131 @@ def load_less(task: Any, selections: Collection[ModelReference], headers: Sequen
         headers: of all models' tensors, to see which dtype they are promoted to.
     """
     gather = task.gather_tensors
-    # mergekit-pytorch gathers in its own way, and vocabulary alignment looks at all models' rows.
-    if not isinstance(gather, GatherTensors):
-        return task
-    own = dict(gather) | {"target": task.base_model, "vocabulary_axis": task.output_weight.vocabulary_axis}
+    if isinstance(gather, PermutedVocabulary):  # it looks at all models' rows
+        on_cpu = gather.gather_tensors.model_copy(update={"device": None})
+        gather = gather.model_copy(update={"gather_tensors": on_cpu})
+        return MergeTensor(merge=task.model_copy(update={"gather_tensors": gather}))
+    if not isinstance(gather, GatherTensors):  # of mergekit-pytorch
+        return MergeTensor(merge=task)
+    own = dict(gather) | {
+        "device": None,
+        "target": task.base_model,
+        "vocabulary_axis": task.output_weight.vocabulary_axis,
+    }
     dtype = task.output_weight.force_dtype or gather.dtype or _promoted(headers)
     if dtype is None or (task.method_name != METHOD and selections):
-        return task.model_copy(update={"gather_tensors": _GatherMapped(**own)})
+        return MergeTensor(merge=task.model_copy(update={"gather_tensors": _GatherMapped(**own)}))
     # ``act`` casts what it moves, and the target while it is copied: mergekit would cast whole tensors before.
     sources = gather.weight_info.items()
     needed = {model: source for model, source in sources if model == task.base_model or model in selections}
     update = {"weight_info": ImmutableMap(needed), "dtype": None}
-    return task.model_copy(
-        update={
-            "method_name": METHOD,
-            "gather_tensors": _GatherMapped(**own | update),
-            "model_order": tuple(model for model in task.model_order if model in needed),
-            "dtype": dtype,
-            "parameters": task.parameters if task.method_name == METHOD else ImmutableMap({}),
-        }
+    return MergeTensor(
+        merge=task.model_copy(
+            update={
+                "method_name": METHOD,
+                "gather_tensors": _GatherMapped(**own | update),
+                "model_order": tuple(model for model in task.model_order if model in needed),
+                "dtype": dtype,
+                "parameters": task.parameters if task.method_name == METHOD else ImmutableMap({}),
+            }
+        )
     )
 
 
-def gather(task: Any) -> dict[ModelReference, Tensor]:
-    """Load what a planned tensor's merge would be given, without running the plan."""
-    loads = task.gather_tensors.arguments()
-    gathered: dict[ModelReference, Tensor] = task.gather_tensors.execute(
-        **{key: load.execute() for key, load in loads.items()}
-    )
-    return gathered
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A result as mergekit's executor leaves it alone: tensors it would move to where it keeps results."""
+
+    tensor: Tensor | None
 
 
-class CopyOf(Task[Tensor]):  # type: ignore[misc]
+class MergeTensor(Task[Held]):  # type: ignore[misc]
+    """One tensor's merge with all that it loads.
+
+    Attributes:
+        merge: mergekit's task that executes a merge method.
+    """
+
+    merge: Any
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def arguments(self) -> dict[str, Any]:
+        """What is not of this tensor alone: the tokenizer that a vocabulary is aligned to."""
+        gather = self.merge.gather_tensors
+        return {"tokenizer": gather.tokenizer_task} if isinstance(gather, PermutedVocabulary) else {}
+
+    def group_label(self) -> str | None:
+        """So that tensors are merged in the order in which mergekit would."""
+        label: str | None = self.merge.group_label()
+        return label
+
+    def execute(self, tokenizer: Any = None) -> Held:
+        """Load and merge."""
+        with torch.device("cpu"):  # mergekit's workers for several GPUs make each their own the default
+            return Held(self.merge.execute(tensors=self.gather(tokenizer)))
+
+    def gather(self, tokenizer: Any = None) -> dict[ModelReference, Tensor]:
+        """Load what the merge is given."""
+        gathered: dict[ModelReference, Tensor] = _run(self.merge.gather_tensors, tokenizer)
+        return gathered
+
+
+def _run(task: Any, tokenizer: Any) -> Any:
+    """A task's result, after what it depends on; the tokenizer is at hand."""
+    if isinstance(task, BuildTokenizer):
+        return tokenizer
+    return task.execute(**{name: _run(of, tokenizer) for name, of in task.arguments().items()})
+
+
+class CopyOf(Task[Held]):  # type: ignore[misc]
     """Another tensor's result once more: a tied head is its embedding, also where a method draws random numbers."""
 
-    source: Task
+    source: MergeTensor
 
     def arguments(self) -> dict[str, Any]:
         """The task whose result it is."""
-        return {"tensor": self.source}
+        return {"held": self.source}
 
     def group_label(self) -> str | None:
         """So that it runs next to the other."""
-        label: str | None = self.source.group_label()
-        return label
+        return self.source.group_label()
 
-    def execute(self, tensor: Tensor) -> Tensor:
+    def execute(self, held: Held) -> Held:
         """Copy: tensors in one file must not share memory."""
-        return tensor.clone()
+        return Held(None if held.tensor is None else held.tensor.clone())
+
+
+def take_held(tasks: Sequence[Any]) -> list[Any]:
+    """mergekit's tasks behind the merges, such that they take what is held; the others as they are.
+
+    Args:
+        tasks: that save or return tensors, and what comes after.
+    """
+    ours: dict[int, Any] = {id(task): task for task in tasks}
+    for task in tasks:
+        if isinstance(task, (SaveTensor, ReturnTensor)):
+            ours[id(task)] = (_SaveHeld if isinstance(task, SaveTensor) else _ReturnHeld)(**dict(task))
+    for task in tasks:
+        if isinstance(task, FinalizeModel):
+            saved = tuple(ours[id(save)] for save in task.tensor_save_tasks)
+            ours[id(task)] = task.model_copy(update={"tensor_save_tasks": saved})
+    return [ours[id(task)] for task in tasks]
+
+
+class _SaveHeld(SaveTensor):  # type: ignore[misc]
+    def execute(self, writer: Any, tensor: Held) -> None:
+        super().execute(writer, tensor.tensor)
+
+
+class _ReturnHeld(ReturnTensor):  # type: ignore[misc]
+    def execute(self, tensor: Held) -> Tensor | None:
+        returned: Tensor | None = super().execute(tensor.tensor)
+        return returned
 
 
 class _LoadMapped(LoadTensor):  # type: ignore[misc]
@@ -87,7 +180,7 @@ class _LoadMapped(LoadTensor):  # type: ignore[misc]
     def execute(self) -> Tensor | None:
         loader = LoaderCache().get(self.model)
         name = stored_name(self, loader)
-        if name is not None and loader.index.is_safetensors and self.device in (None, "cpu") and self.dtype is None:
+        if name is not None and loader.index.is_safetensors and self.dtype is None:
             path = Path(loader.index.base_path) / loader.index.tensor_paths[name]
             tensor = map_tensor(path, _headers(path, file_state(path))[name])
             if tensor is not None:

@@ -26,6 +26,7 @@ from mergekit_act.merging import is_ours
 from mergekit_act.merging.hub import look_again
 from mergekit_act.planning.headers import HeaderLoader
 from mergekit_act.planning.internals import LoaderCache, refuse_unless_known, wrap
+from mergekit_act.planning.loads import take_held
 from mergekit_act.planning.models import Checkpoints, open_loaded, open_weight_file
 from mergekit_act.planning.plan import Plan, complete_plan, make_plan
 from mergekit_act.wording import enumerate_some, escape, one_line, shorten
@@ -117,8 +118,18 @@ def wrap_planner(check_models: Callable[[Iterable[Checkpoint]], None], check_pla
 
         return checked
 
+    def held(plan: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        @functools.wraps(plan)
+        def taken(self: Any, *args: Any, **kwargs: Any) -> list[Any]:
+            tasks = plan(self, *args, **kwargs)
+            return take_held(tasks) if is_ours(self.config.merge_method) else tasks
+
+        return taken
+
     if refuse_unless_known("mergekit.plan"):
         wrap("mergekit.plan", "MergePlanner._plan", as_ours)
+        wrap("mergekit.plan", "MergePlanner.plan_to_disk", held)
+        wrap("mergekit.plan", "MergePlanner.plan_in_memory", held)
         wrap("mergekit.common", "ModelReference.local_path", _from_the_cache)
 
 
@@ -144,7 +155,7 @@ def wrap_flat_planner(check: Callable[[Any], None], check_plan: Callable[[Plan, 
                 check_plan(made, given["tensor_intersection"])
             ours = {tensor.name: tensor.task for tensor in made.tensors}
             saved = tuple(save.model_copy(update={"tensor_task": ours.get(save.tensor_name)}) for save in saves)
-            return [*saved, finalize.model_copy(update={"tensor_save_tasks": saved})]
+            return take_held([*saved, finalize.model_copy(update={"tensor_save_tasks": saved})])
 
         return checked
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mergekit_act.merging.kernel import TensorSelection, changed_slices, leading, selected_slices
 from mergekit_act.planning import Plan, PlannedTensor
-from mergekit_act.planning.loads import gather
 
 __all__ = ["PatchedModel"]
 
@@ -74,7 +73,7 @@ class PatchedModel:
                 continue
             done.add(id(parameter))
             changes = []
-            loaded = gather(tensor.task)
+            loaded = tensor.task.gather()
             for model, selection in tensor.selections.items():
                 theirs = loaded[model]
                 if theirs.shape != parameter.shape:
