@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["default_device", "default_dtype", "dtype_name", "usable_device"]
+__all__ = ["default_device", "default_dtype", "dtype_name", "sum_dtype", "usable_device"]
+
+_WITHOUT_FLOAT64 = frozenset({"mps"})
 
 
 def default_device() -> str:
@@ -46,6 +48,11 @@ def default_dtype(device: str) -> torch.dtype:
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     return torch.float32
+
+
+def sum_dtype(device: str) -> torch.dtype:
+    """In which sums over many tokens are kept: float64, where the device has it."""
+    return torch.float32 if torch.device(device).type in _WITHOUT_FLOAT64 else torch.float64
 
 
 def dtype_name(dtype: torch.dtype) -> str:

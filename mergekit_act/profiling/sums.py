@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_act.channels import Layout
+from mergekit_act.devices import sum_dtype
 from mergekit_act.runs.processes import Processes
 from mergekit_act.streaming.experts import ExpertOutput
 
@@ -25,7 +26,7 @@ def scratch_bytes(layout: Layout, device: str) -> int:
 
 
 class ChannelSums:
-    """Sums and counts, kept apart: float64 sums in one tensor in layout order, and how many rows each module had.
+    """Sums and counts, kept apart: sums in one tensor in layout order, and how many rows each module had.
 
     Args:
         layout: the channels.
@@ -34,7 +35,7 @@ class ChannelSums:
         kinds: how many sums a channel has.
 
     Attributes:
-        vector: float64 ``[kinds, channels]``.
+        vector: ``[kinds, channels]``, float64 where the device has it.
         sums: module -> its part of the first kind, ``[channels]``.
     """
 
@@ -42,7 +43,7 @@ class ChannelSums:
         self._layout = layout
         self._sizes = [layout.channel_count([module]) for module in layout.modules]
         self._starts = dict(zip(layout.modules, itertools.accumulate(self._sizes, initial=0), strict=False))
-        self.vector = torch.zeros(kinds, sum(self._sizes), dtype=torch.float64, device=device)
+        self.vector = torch.zeros(kinds, sum(self._sizes), dtype=sum_dtype(device), device=device)
         self.sums = self.by_module(self.vector[0])
         self.counts = dict.fromkeys(layout.modules, 0)
         self.expert_tokens: dict[str, list[int]] = {}  # module -> answer tokens that the target routed to each
@@ -118,9 +119,9 @@ class ChannelSums:
         """
         start = self._starts[module] + first
         own = self.vector[:, start : start + effects.shape[1]]
-        wide = effects.double()
+        wide = effects.to(self.vector.dtype)
         own[0] -= wide.sum(0)
-        own[1] += wide.square_().sum(0).mul_(0.5)
+        own[1] += wide.square().sum(0).mul_(0.5)
 
     def add_experts(self, module: str, target: ExpertOutput, ability_model: ExpertOutput, *, answers: int) -> None:
         """Add the differences of one projection of experts; an expert's activation for a token not routed to it is 0.
