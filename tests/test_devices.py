@@ -1,19 +1,30 @@
-"""Merges give the same bytes wherever mergekit is told to load, to compute and to keep tensors.
+"""Devices other than the CPU, on machines that have none.
 
-The other device is PyTorch's ``meta``: a tensor that is moved there has lost its numbers, and cannot be written.
+Merges give the same bytes wherever mergekit is told to load, to compute and to keep tensors; there the other device is
+PyTorch's ``meta``: a tensor that is moved there has lost its numbers, and cannot be written. What runs models runs on
+one that stands in for an accelerator (``standin.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from mergekit import multigpu_executor
 from merges import act_config, merged, random_mask, run_merge
+from safetensors.torch import load_file
 from test_adapters import train_adapter
 from tiny import make_model, tiny_config
+
+from mergekit_act.cli import main
 
 FLAGS = {
     "device": ("--device", "meta"),
@@ -94,3 +105,91 @@ def test_mergekit_moves_what_is_not_ours(pair_of, tmp_path):
     for name in ("low memory", "several devices, low memory"):
         result = run_merge(config, tmp_path / name, *FLAGS[name])
         assert isinstance(result.exception, (NotImplementedError, RuntimeError)), name
+
+
+CRITERIA = ("activation", "local", "attribution")
+
+
+@pytest.fixture(scope="module")
+def ran(pair_of, sums_file, tmp_path_factory):
+    """Folder of what was written (in it one for each device), and of each command what crossed to and from standin."""
+    root = tmp_path_factory.mktemp("ran")
+    target, ability = pair_of("qwen2")
+
+    def abilities(architecture, samples):
+        models = dict(zip(("target", "ability_model"), map(str, pair_of(architecture)), strict=True))
+        own = {"prompt": "q", "answer": "a", "samples": samples, "evaluate": {"samples": samples, "offset": 10}}
+        path = root / f"{architecture}-{samples}.yml"
+        path.write_text(json.dumps(models | {"abilities": {"sums": {"dataset": str(sums_file), **own}}}))
+        return path
+
+    def commands(device):
+        on, out = ("--device", device), root / device
+        wide = (*on, "--dtype", "float32")
+        found = {}
+        for name in ("qwen2", "qwen3_moe"):
+            for criterion in CRITERIA:
+                place = out / f"{name} {criterion}"
+                found[place.name] = ("profile", abilities(name, 10), place, "--criterion", criterion, *wide)
+        found["few"] = ("profile", abilities("qwen2", 5), out / "few", *wide)
+        little = ("--batch-tokens", "64", *(() if device == "cpu" else ("--memory-budget", "1.33MB")))
+        found["streamed"] = ("profile", abilities("qwen2", 10), out / "streamed", *little, *wide)
+        for name, samples in (("evaluate", 10), ("evaluate few", 5)):
+            held_out = ("--abilities", abilities("qwen2", samples), "--json", out / f"{name}.json", "--no-generate")
+            found[name] = ("evaluate", target, *held_out, *wide)
+        mask = {"mask": str(root / "cpu" / "qwen2 activation" / "sums.safetensors"), "mask_density": 0.2}
+        (root / "merge.yml").write_text(json.dumps(act_config(target, (ability, {"weight": 1.0, **mask}))))
+        grid = ("--density", "0.2", "--weight", "0.5", "--weight", "1", "--no-generate")
+        found["sweep"] = ("sweep", root / "merge.yml", abilities("qwen2", 10), out / "sweep", *grid, *on)
+        return {name: list(map(str, command)) for name, command in found.items()}
+
+    for command in commands("cpu").values():
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, (result.output, result.exception)
+    mine = commands("standin")
+    (root / "commands.json").write_text(json.dumps(list(mine.values())))
+    script = Path(__file__).with_name("on_a_device.py")
+    done = subprocess.run([sys.executable, script, root / "commands.json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root, dict(zip(mine, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+def test_profiles_on_a_device(ran):
+    root, crossed = ran
+    profiled = [name for name in crossed if (root / "cpu" / name / "sums.safetensors").exists()]
+    assert len(profiled) == 8
+    for name in profiled:
+        expected, found = (load_file(root / device / name / "sums.safetensors") for device in ("cpu", "standin"))
+        assert set(found) == set(expected)
+        for module, scores in expected.items():
+            torch.testing.assert_close(found[module], scores, rtol=1e-4, atol=1e-7)
+
+
+def test_scores_on_a_device(ran):
+    root, _ = ran
+    mine, theirs = (json.loads((root / d / "evaluate.json").read_text())["results"][0] for d in ("standin", "cpu"))
+    assert mine["nll"]["value"] == pytest.approx(theirs["nll"]["value"])
+    mine, theirs = ([*csv.DictReader((root / d / "sweep" / "sweep.csv").open())] for d in ("standin", "cpu"))
+    assert [row["channels"] for row in mine] == [row["channels"] for row in theirs] == ["0", "153", "153"]
+    losses = [float(row["nll:sums"]) for row in theirs]
+    assert [float(row["nll:sums"]) for row in mine] == pytest.approx(losses)
+    assert len(set(losses)) == 3
+
+
+def test_what_crosses(ran, pair_of):
+    """Models once, of a sweep's points the selected rows; back come results, nothing for every sample or token."""
+    _, crossed = ran
+    for name in ("qwen2", "qwen3_moe"):
+        models = sum((folder / "model.safetensors").stat().st_size for folder in pair_of(name))
+        for criterion in CRITERIA:
+            one = crossed[f"{name} {criterion}"]
+            assert 0.9 * models < one["bytes_in"] < 1.1 * models
+            assert one["bytes_out"] < 0.15 * models
+    for many, few in (("qwen2 activation", "few"), ("evaluate", "evaluate few")):
+        for copies in ("copies_in", "copies_out"):
+            assert crossed[many][copies] == crossed[few][copies], many
+    model = (pair_of("qwen2")[0] / "model.safetensors").stat().st_size
+    assert crossed["streamed"]["bytes_in"] > 4 * model  # or nothing was streamed
+    assert (
+        crossed["sweep"]["bytes_in"] < crossed["evaluate"]["bytes_in"] + 0.2 * model
+    )  # three evaluations' samples too
