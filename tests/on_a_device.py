@@ -15,9 +15,11 @@ import standin
 
 standin.register()
 
+from mergekit_act import devices  # noqa: E402
 from mergekit_act.cli import main  # noqa: E402
 from mergekit_act.profiling import sums  # noqa: E402
 
+devices._WITHOUT_FLOAT64 |= {standin.NAME}
 sums._DEVICE_BLOCK = sums._CPU_BLOCK  # its memory is small, or tiny models would never be streamed
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A device that stands in for an accelerator: its tensors are of another device than the CPU's, and computed there.
 
 It is PyTorch's PrivateUse1, in Python. What meets a tensor of the CPU fails as it does with CUDA, and copies between the
-two are counted. Once it is registered it is the process's accelerator, so tests run it in a process of its own
-(``on_a_device.py``).
+two are counted. It has no float64, as Apple's has none. Once it is registered it is the process's accelerator, so tests
+run it in a process of its own (``on_a_device.py``).
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class OnDevice(torch.Tensor):
 
     @staticmethod
     def __new__(cls, own: torch.Tensor) -> OnDevice:
+        if own.dtype == torch.float64:
+            raise TypeError(f"{NAME} has no float64")
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             own.shape,
