@@ -46,16 +46,16 @@ def main(name: str, folder: Path, page: Path | None, quick: bool) -> None:
     setting = importlib.import_module(name).make_setting(folder, quick=quick)
     measured = folder / "measured"
     rules = [replace(rule, shares=rule.shares[-1:], weights=(1.0,)) for rule in RULES] if quick else RULES
-    tables = {one.name: measure(setting, one, measured / one.name, rules) for one in setting.experiments}
-    first = setting.experiments[0]
+    images, first = page.parent / page.stem, setting.experiments[0]
+    tables = {first.name: measure(setting, first, measured / first.name, rules)}
     controls = measure(setting, first, measured / first.name, CONTROLS[:1] if quick else CONTROLS)
+    draw_grid(grid(setting, first, measured / first.name), images / f"{setting.name}-grid.png")
+    tables |= {one.name: measure(setting, one, measured / one.name, rules) for one in setting.experiments[1:]}
     merged = None
     if setting.specialists:  # nothing is to be kept: no damage, and every weight is tried
         some = [replace(rule, shares=rule.shares[1::2] or rule.shares) for rule in rules if not rule.retain]
         merged = measure(setting, setting.specialists, measured / setting.specialists.name, some)
     found = (find(setting, measured / "findings"), find(setting, measured / "findings", exclude=setting.exclude))
-    images = page.parent / page.stem
-    draw_grid(grid(setting, first, measured / first.name), images / f"{setting.name}-grid.png")
     drawn = measured / "findings" / setting.pairs[0].name / "report" / "distribution.png"
     shutil.copyfile(drawn, images / f"{setting.name}-distribution.png")
     facts = f"`python benchmarks/paper {name} FOLDER{' --quick' if quick else ''}`, {_made_with(setting.device)}."
