@@ -13,6 +13,7 @@ from mergekit_act.cli.measuring import evaluate, sweep
 from mergekit_act.cli.merging import card, check, merge
 from mergekit_act.cli.selecting import channels, mask, profile, report
 from mergekit_act.cli.training import demo, finetune
+from mergekit_act.cli.transferring import transfer
 
 __all__ = ["main"]
 
@@ -27,5 +28,5 @@ def main() -> None:
     """
 
 
-for _command in (channels, profile, mask, check, merge, evaluate, sweep, finetune, report, card, demo):
+for _command in (channels, profile, mask, check, merge, evaluate, sweep, finetune, report, card, transfer, demo):
     main.add_command(_command)

@@ -1,0 +1,109 @@
+"""Commands in a row: each is given again only if what it reads has changed."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_act.files import file_hash, file_state, write_atomically
+from mergekit_act.versions import installed_versions
+
+__all__ = ["Step", "Steps"]
+
+_OF_A_MODEL = ("*.safetensors", "*.bin", "config.json", "tokenizer*", "chat_template*")
+
+Echo = Callable[[str], None]
+Run = Callable[[Sequence[str]], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command.
+
+    Attributes:
+        name: of the step.
+        words: the command, as a user gives it.
+        reads: files and models that its result depends on; names of the Hub count by themselves.
+        writes: files that are there once it is done.
+        resumes: whether it goes on by itself after an interruption, and is told to overwrite what is of other inputs;
+            other commands write anew in any case.
+        content: of a file that is not read as a whole, what is.
+    """
+
+    name: str
+    words: Sequence[str]
+    reads: Sequence[str | Path]
+    writes: Sequence[Path]
+    resumes: bool = False
+    content: Any = None
+
+    def __str__(self) -> str:
+        return shlex.join(map(str, self.words))
+
+    def digest(self) -> str:
+        """Of the command and of all that it reads."""
+        given = [*map(str, self.words), installed_versions("mergekit", "torch", "transformers"), self.content]
+        found = hashlib.sha256(json.dumps(given, default=str).encode())
+        for name in self.reads:
+            found.update(json.dumps(_state(Path(name)), default=str).encode())
+        return found.hexdigest()
+
+
+def _state(path: Path) -> Any:
+    """What changes when a file or a model does; of weights their dates and sizes."""
+    if path.is_file():
+        return [path.name, file_hash(path) if path.stat().st_size < 1 << 26 else file_state(path)]
+    if path.is_dir():
+        files = sorted(file for pattern in _OF_A_MODEL for file in path.glob(pattern))
+        return [[file.name, *file_state(file)] for file in files]
+    return str(path)
+
+
+class Steps:
+    """Runs steps, and knows what was run before.
+
+    Args:
+        path: a JSON file that says of each step what it was run on.
+        run: runs a command.
+        echo: prints a line.
+    """
+
+    def __init__(self, path: Path, run: Run, echo: Echo) -> None:
+        self._path, self._run, self._echo = path, run, echo
+        self._known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def is_done(self, step: Step) -> bool:
+        """Whether it was run to its end on what it reads now."""
+        known = self._known.get(step.name)
+        return known == {"digest": step.digest(), "done": True} and all(path.exists() for path in step.writes)
+
+    def take(self, step: Step) -> None:
+        """Run a step, unless it is done."""
+        if self.is_done(step):
+            self._echo(f"\n$ {step}\n  done before, from the same files")
+            return
+        digest, known = step.digest(), self._known.get(step.name)
+        if step.resumes:
+            anew = known is not None and known["digest"] != digest
+        else:
+            anew = any(path.exists() for path in step.writes) and step.words[0] == "mergekit-act"
+        self._note(step.name, digest, done=False)
+        words = [*map(str, step.words), *(["--overwrite"] if anew else [])]
+        self._echo(f"\n$ {shlex.join(words)}")
+        self._run(words)
+        self._note(step.name, digest, done=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _note(self, name: str, digest: str, *, done: bool) -> None:
+        self._known[name] = {"digest": digest, "done": done}
+        write_atomically(self._path, (json.dumps(self._known, indent=2) + "\n").encode(), overwrite=True)

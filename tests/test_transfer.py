@@ -1,0 +1,212 @@
+"""The whole path as one command: what it leaves, what it does again, and what it says."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from merges import state_of
+
+from mergekit_act.cli import main
+from mergekit_act.transfer.judgement import judge, list_results
+
+
+@pytest.fixture
+def abilities(pair_of, sums_file, tmp_path, monkeypatch):
+    """Write abilities.yml with two abilities into the working directory; keys of the one that is recovered."""
+    monkeypatch.chdir(tmp_path)
+    target, ability_model = pair_of("qwen2")
+
+    def write(**keys):
+        own = {"dataset": str(sums_file), "prompt": "q", "answer": "a"}
+        held_out = {"samples": 5, "max_new_tokens": 4}
+        both = {
+            "even": own | {"where": {"kind": "even"}, "samples": 5, "evaluate": held_out} | keys,
+            "odd": own | {"where": {"kind": "odd"}, "samples": 5, "evaluate": held_out, "role": "keep"},
+        }
+        content = {"target": str(target), "ability_model": str(ability_model), "abilities": both}
+        (tmp_path / "abilities.yml").write_text(yaml.safe_dump(content))
+        return content
+
+    write()
+    return write
+
+
+def transfer(*arguments):
+    return CliRunner().invoke(main, ["transfer", "abilities.yml", "out", *arguments])
+
+
+def steps(output):
+    """The commands that were printed, and whether each was run."""
+    lines = output.splitlines()
+    return {
+        shlex.split(a)[2]: b.strip() != "done before, from the same files"
+        for a, b in zip(lines, [*lines[1:], ""], strict=True)
+        if a.startswith("$ mergekit-act")
+    }
+
+
+def files(folder):
+    """All that is in a folder, but for what says how long something took."""
+    found = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")}
+    return {
+        str(path.relative_to(folder)): content
+        for path, content in found.items()
+        if path.name not in ("sweep.csv", "transfer.json")
+    }
+
+
+def test_whole_path(abilities, tmp_path):
+    result = transfer("--keep-within", "0.9")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert list(steps(result.output)) == ["profile", "sweep", "evaluate", "card", "report"]
+    assert "\n$ mergekit-yaml out/sweep/best.yml out/merged\n" in result.output
+    table, judgement = result.output.split("\n\n")[-2:]
+    assert "even, to recover" in table
+    assert "odd, to keep" in table
+    assert judgement.startswith("It recovers ")
+    evaluation = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert [one["samples"] for one in evaluation["results"]] == [3] * 6  # the other two of five chose
+
+    again = transfer("--keep-within", "0.9")
+    assert not any(steps(again.output).values())
+    assert again.output.split("\n\n")[-2:] == [table, judgement]
+
+    # Its commands, given one by one, make the same files.
+    before = files(tmp_path / "out")
+    kept = {name: (tmp_path / "out" / name).read_text() for name in ("choose.yml", "measure.yml", "merge.yml")}
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    for name, content in kept.items():
+        (tmp_path / "out" / name).write_text(content)
+    for line in result.output.splitlines():
+        if line.startswith("$ "):
+            program, *words = shlex.split(line[2:])
+            done = CliRunner().invoke(main, ["merge"] * (program == "mergekit-yaml") + words)
+            assert done.exit_code == 0, (line, done.output, done.exception)
+    after = files(tmp_path / "out")
+    assert set(after) == set(before)
+    assert [name for name in before if after[name] != before[name]] == []
+
+
+def test_only_what_depends_on_a_change_is_done_again(abilities, tmp_path):
+    fixed = ("--density", "0.2", "--weight", "0.5")
+    first = transfer(*fixed)
+    assert list(steps(first.output)) == ["profile", "mask", "evaluate", "card", "report"]
+    abilities(evaluate={"samples": 4, "max_new_tokens": 4})
+    assert steps(transfer(*fixed).output) == {
+        "profile": False,
+        "mask": False,
+        "evaluate": True,
+        "card": True,
+        "report": False,
+    }
+    abilities(samples=4)
+    assert all(steps(transfer(*fixed).output).values())
+    before = state_of(tmp_path / "out/merged")
+    result = transfer("--density", "0.2", "--weight", "1")
+    assert "done before" not in result.output.partition("mergekit-yaml")[2].partition("$")[0]
+    assert not steps(result.output)["mask"]
+    assert any((tensor != state_of(tmp_path / "out/merged")[name]).any() for name, tensor in before.items())
+
+
+def test_killed_and_given_again(abilities, tmp_path):
+    command = [sys.executable, "-m", "mergekit_act", "transfer", "abilities.yml"]
+    options = ["--keep-within", "0.9"]
+    subprocess.run([*command, "whole", *options], check=True, capture_output=True)
+    waits = [4.0, 5.5, 7.0]
+    for wait in waits:
+        process = subprocess.Popen([*command, "out", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run([*command, "out", *options], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole, killed = files(tmp_path / "whole"), files(tmp_path / "out")
+    assert set(whole) == set(killed)
+    for name in ("sweep/best.yml", "merged/model.safetensors", "profiles/even.safetensors", "evaluation.json"):
+        assert killed[name].replace(b"out/", b"whole/") == whole[name], name
+
+
+def test_a_dry_run_writes_nothing(abilities, tmp_path):
+    result = transfer("--dry-run")
+    assert result.exit_code == 0, result.output
+    assert [line.split()[2] for line in result.output.splitlines() if line.startswith("$ mergekit-act")] == [
+        "profile",
+        "sweep",
+        "evaluate",
+        "card",
+        "report",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_done_is_told_first(abilities, tmp_path, monkeypatch):
+    def told(*arguments):
+        result = transfer(*arguments)
+        assert result.exit_code == 1
+        assert not (tmp_path / "out/profiles").exists()
+        return result.output
+
+    abilities(samples=9)
+    assert 'ability "even" has 1 held-out rows; some choose density and weight and others measure, so 2' in told()
+    abilities(role="keep")
+    assert 'no ability has "role: recover"' in told()
+    content = abilities()
+    (tmp_path / "abilities.yml").write_text(yaml.safe_dump(content | {"ability_model": content["target"]}))
+    assert "target and ability_model are the same model" in told()
+    abilities()
+    assert "density and weight go together" in told("--density", "0.1")
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as small:
+        small.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+        assert "has 1 kB free, and " in told()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert "out has files of something else; name another folder" in told()
+
+
+def test_a_folder_of_another_pair(abilities, tmp_path, pair_of):
+    assert transfer("--density", "0.2", "--weight", "0.5").exit_code == 0
+    swapped = dict(zip(("target", "ability_model"), map(str, reversed(pair_of("qwen2"))), strict=True))
+    (tmp_path / "abilities.yml").write_text(yaml.safe_dump(abilities() | swapped))
+    result = transfer("--density", "0.2", "--weight", "0.5")
+    assert result.exit_code == 1
+    assert "out is of a transfer from " in result.output
+
+
+def test_judgement_by_hand():
+    def one(model, ability, role, value, difference=None, interval=None):
+        nll = {"value": value, "difference": difference, "difference_interval": interval}
+        return {"model": model, "ability": ability, "role": role, "nll": nll, "exact_match": None}
+
+    def evaluation(gain, low, high, cost=0.0):
+        facts = [
+            one("t", "facts", "recover", 4.0),
+            one("a", "facts", "recover", 1.0),
+            one("m", "facts", "recover", 4.0 + gain, gain, [low, high]),
+        ]
+        sums = [
+            one("t", "sums", "keep", 1.0),
+            one("a", "sums", "keep", 5.0),
+            one("m", "sums", "keep", 1.0 + cost, cost, [cost - 0.1, cost + 0.1]),
+        ]
+        return {"results": [*facts, *sums]}
+
+    names = ("t", "a", "m")
+    assert judge(evaluation(-1.5, -1.7, -1.3), *names) == "It recovers 50 % of facts; sums is unchanged."
+    assert judge(evaluation(-1.5, -1.7, -1.3, 0.3), *names).endswith("; sums is worse by 0.30 nats.")
+    assert judge(evaluation(-0.1, -0.3, 0.1), *names) == "It recovers nothing that is beyond chance: do not publish."
+    shown = list_results(
+        evaluation(-1.5, -1.7, -1.3), {"t": "target", "a": "ability model", "m": "merged"}
+    ).splitlines()
+    assert shown[1].split() == ["facts,", "to", "recover", "4.00", "1.00", "2.50", "-1.50", "(-1.70", "to", "-1.30)"]
