@@ -16,6 +16,7 @@ __all__ = [
     "percent",
     "shorten",
     "show_bytes",
+    "show_seconds",
     "shown_density",
     "table",
 ]
@@ -102,6 +103,17 @@ def show_bytes(size: float) -> str:
     units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
     unit, name = next((unit for unit in units if size >= 0.9995 * unit[0]), (1, "bytes"))
     return f"{size / unit:.3g} {name}"
+
+
+def show_seconds(seconds: float) -> str:
+    """A time for people.
+
+    >>> show_seconds(0.4), show_seconds(95), show_seconds(7300)
+    ('1 s', '2 min', '2.0 h')
+    """
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def percent(part: float, whole: float) -> str:

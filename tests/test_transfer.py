@@ -14,6 +14,7 @@ from collections import namedtuple
 import pytest
 import yaml
 from click.testing import CliRunner
+from hub import run_there
 from merges import state_of
 
 from mergekit_act.cli import main
@@ -182,6 +183,40 @@ def test_a_folder_of_another_pair(abilities, tmp_path, pair_of):
     result = transfer("--density", "0.2", "--weight", "0.5")
     assert result.exit_code == 1
     assert "out is of a transfer from " in result.output
+
+
+def test_without_a_file(pair_of, sums_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    target, ability_model = map(str, pair_of("qwen2"))
+    pair = ["--target", target, "--ability-model", ability_model, "--prompt", "q", "--answer", "a"]
+    result = CliRunner().invoke(main, ["transfer", "out", *pair, "--recover", f"{sums_file}:train", "--dry-run"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "$ mergekit-act profile out.yml out/profiles " in result.output
+    assert "time: about " in result.output
+    own = yaml.safe_load((tmp_path / "out.yml").read_text())["abilities"]["sums"]
+    assert own | {"samples": 10, "evaluate": {"samples": 10}, "dataset": str(sums_file), "role": "recover"} == own
+    other = CliRunner().invoke(main, ["transfer", "out", *pair, "--recover", str(sums_file), "--keep", str(sums_file)])
+    assert 'two data sets are called "sums"' in other.output
+    for words in (["out"], ["out", *pair[:4]], ["abilities.yml", "out", *pair]):
+        result = CliRunner().invoke(main, ["transfer", *words])
+        assert result.exit_code == 2
+        assert "give ABILITIES.yml and OUT; or OUT alone, and --target, --ability-model" in result.output
+
+
+def test_push_to_the_hub(abilities, tmp_path):
+    (tmp_path / "hub").mkdir()
+    command = [sys.executable, "-m", "mergekit_act", "transfer", "abilities.yml", "out", "--push-to-hub", "me/sums"]
+    command += ["--density", "0.2", "--weight", "0.5", "--yes"]
+    done, asked = run_there(tmp_path, *command, HF_TOKEN="hf_x")
+    assert done.returncode == 0, done.stderr
+    assert "$ hf upload me/sums out/merged --private" in done.stdout
+    for name in ("model.safetensors", "README.md", "act.yml"):
+        assert (tmp_path / "hub/me/sums" / name).read_bytes() == (tmp_path / "out/merged" / name).read_bytes()
+    assert sum("/api/repos/create" in path for path in asked) >= 1
+    done, asked = run_there(tmp_path, *command[:6], "--push-to-hub", "me/sums", HF_TOKEN="hf_x")
+    assert done.returncode == 1
+    assert "Upload the result to me/sums? [y/N]" in done.stdout
+    assert asked == []
 
 
 def test_judgement_by_hand():

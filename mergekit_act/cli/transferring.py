@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,8 +20,13 @@ if TYPE_CHECKING:
 
 
 @command()
-@click.argument("abilities_file", metavar="ABILITIES.yml", type=click.Path(path_type=Path))
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("paths", metavar="[ABILITIES.yml] OUT", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--target", help="The model to improve. This and the next five are in place of ABILITIES.yml.")
+@click.option("--ability-model", help="A model of the same backbone that has the ability.")
+@click.option("--recover", metavar="DATA[:SPLIT]", multiple=True, help="Data set of what is to come back. Repeatable.")
+@click.option("--keep", metavar="DATA[:SPLIT]", multiple=True, help="Data set of what is to stay. Repeatable.")
+@click.option("--prompt", metavar="COLUMN", help="Or a format string of columns.")
+@click.option("--answer", metavar="COLUMN", help="Likewise.")
 @click.option("--criterion", type=click.Choice(CRITERIA), default="attribution", show_default=True)
 @click.option("--density", type=float, metavar="P", help="Of each profile, with --weight and without a sweep.")
 @click.option("--weight", type=float, help="With --density.")
@@ -31,6 +39,8 @@ if TYPE_CHECKING:
     help="How much of the kept abilities may be lost: of the likelihood of an answer token.",
 )
 @click.option("--finetune", is_flag=True, help="Fine-tune the merged model on the profiled samples.")
+@click.option("--push-to-hub", metavar="USER/NAME", help="Upload the result, into a private repository if it is new.")
+@click.option("--yes", is_flag=True, help="Do not ask before --push-to-hub.")
 @click.option("--dry-run", is_flag=True, help="Print the commands and what they need, and run none.")
 @click.option("--device", help="Where models run, such as cuda or cpu.  [default: the accelerator, if any]")
 @options.dtype
@@ -40,7 +50,9 @@ if TYPE_CHECKING:
 @options.trust
 @common
 @packed("mergekit_act.transfer", "TransferSettings", "settings")
-def transfer(abilities_file: Path, out: Path, dry_run: bool, quiet: bool, settings: TransferSettings) -> None:
+def transfer(
+    paths: tuple[Path, ...], yes: bool, dry_run: bool, quiet: bool, settings: TransferSettings, **pair: Any
+) -> None:
     """The whole path: profile, sweep, merge, evaluate, card and report.
 
     Runs the commands that it prints, each as you could give it; all files go to OUT. The same command again goes on
@@ -55,7 +67,11 @@ def transfer(abilities_file: Path, out: Path, dry_run: bool, quiet: bool, settin
     def run(words: Sequence[str]) -> None:
         _run([*words, "--quiet"] if quiet else words)
 
-    done = run_transfer(abilities_file, out, settings, run=run, echo=echo, plan_only=dry_run)
+    *files, out = paths
+    path = _abilities_file(files, out, pair)
+    if settings.push_to_hub and not (dry_run or yes):
+        click.confirm(f"Upload the result to {settings.push_to_hub}?", abort=True)
+    done = run_transfer(path, out, settings, run=run, echo=echo, plan_only=dry_run)
     if done is None:
         return
     echo(f"\n{done.results}\n\n{done.judgement}" if done.results else f"\n{done.judgement}")
@@ -64,11 +80,40 @@ def transfer(abilities_file: Path, out: Path, dry_run: bool, quiet: bool, settin
     echo(f"{done.model}")
 
 
+def _abilities_file(files: Sequence[Path], out: Path, pair: Mapping[str, Any]) -> Path:
+    """The one that is named; without one OUT.yml, which says what the options do."""
+    needed = ("target", "ability_model", "recover", "prompt", "answer")
+    given = [name for name in (*needed, "keep") if pair[name]]
+    if len(files) == 1 and not given:
+        return files[0]
+    if files or not all(pair[name] for name in needed):
+        options_needed = ", ".join(f"--{name.replace('_', '-')}" for name in needed)
+        raise click.UsageError(f"give ABILITIES.yml and OUT; or OUT alone, and {options_needed}")
+    import yaml
+
+    from mergekit_act.files import write_atomically
+    from mergekit_act.transfer.describe import describe_abilities
+
+    path = out.with_name(f"{out.name}.yml")
+    text = yaml.safe_dump(describe_abilities(**pair), sort_keys=False, allow_unicode=True)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path} says something else than the options; give it in their place, or remove it")
+    if not path.exists():
+        write_atomically(path, text.encode())
+        echo(path)
+    return path
+
+
 def _run(words: Sequence[str]) -> None:
     """Run a command in this process, so that it ends when this one is ended."""
     from mergekit_act.cli import main
 
     program, *arguments = words
+    if program == "hf":
+        done = subprocess.run([Path(sys.executable).with_name("hf"), *arguments], check=False)
+        if done.returncode:
+            raise ValueError(f"{shlex.join(words)} failed; the same command goes on from there")
+        return
     try:
         main.main(args=["merge"] * (program == "mergekit-yaml") + arguments, standalone_mode=False)
     except SystemExit as ended:  # mergekit's command ends so when all is well, too

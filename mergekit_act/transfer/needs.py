@@ -1,32 +1,40 @@
-"""What a transfer takes: disk, memory, and what is fetched first."""
+"""What a transfer takes: disk, memory and, by a short probe of the device, time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from mergekit.options import MergeOptions
 
-from mergekit_act.abilities import AbilitiesFile
+from mergekit_act.abilities import AbilitiesFile, Tokenizers, collect_samples
 from mergekit_act.checkpoints import parse_reference
+from mergekit_act.devices import default_dtype, usable_device
 from mergekit_act.planning import only_headers
 from mergekit_act.planning.models import open_loaded
 
-__all__ = ["Needs", "estimate_needs"]
+__all__ = ["Needs", "estimate_needs", "estimate_seconds"]
+
+# Work for a token, in forwards of one model.
+_PROFILE = {"activation": 2.0, "local": 2.0, "attribution": 5.0}
+_TRAINING = 3.0
+_OF_MATRIX_RATE = 0.5  # what a model's forward reaches of the rate of a large product of matrices
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes.
+    """What is to be had before a transfer begins.
 
     Attributes:
-        disk: for what is written.
-        model: of the target's weights, which a sweep and an evaluation hold in memory.
+        disk: bytes that are written.
+        parameters: of the target.
         remarks: what is fetched first, a sentence each.
     """
 
     disk: int
-    model: int
+    parameters: int
     remarks: Sequence[str]
 
 
@@ -39,6 +47,67 @@ def estimate_needs(file: AbilitiesFile, *, finetune: bool, lora_merge_cache: str
     target, ability_model = (parse_reference(model) for model in (file.target, file.ability_model))
     options = MergeOptions(lora_merge_cache=lora_merge_cache, trust_remote_code=trust)
     with only_headers({target, ability_model}, options) as remarks:
-        size = sum(header.size for header in open_loaded(target, trust_remote_code=trust).headers.values())
+        headers = open_loaded(target, trust_remote_code=trust).headers.values()
+        size = sum(header.size for header in headers)
+        parameters = sum(torch.Size(header.shape).numel() for header in headers)
     # A training keeps a checkpoint with Adam's means besides the model it writes.
-    return Needs(disk=size * (6 if finetune else 1), model=size, remarks=remarks)
+    return Needs(disk=size * (6 if finetune else 1), parameters=parameters, remarks=remarks)
+
+
+def estimate_seconds(
+    needs: Needs,
+    files: tuple[AbilitiesFile, AbilitiesFile, AbilitiesFile],
+    points: int,
+    *,
+    criterion: str,
+    device: str | None,
+    dtype: str | None,
+    models: int,
+    trust: bool,
+) -> Mapping[str, float]:
+    """Step -> seconds, without loading files and generating answers.
+
+    Args:
+        needs: of the transfer.
+        files: with the samples that are profiled, and as held-out ones those that choose and those that measure.
+        points: of the sweep.
+        criterion: of the profile.
+        device: where models run; None for the default one.
+        dtype: in which; None likewise.
+        models: how many are evaluated.
+        trust: allow the models' own code from the Hub.
+    """
+    used = usable_device(device)
+    rate = _matrix_rate(used, getattr(torch, dtype) if dtype else default_dtype(used)) * _OF_MATRIX_RATE
+    file, choose, measure = files
+    tokenizers = Tokenizers(file.target, file.ability_model, trust)
+    profiled, chosen, measured = (
+        _tokens(one, tokenizers) for one in (file, _only_held_out(choose), _only_held_out(measure))
+    )
+    forward = 2 * needs.parameters / rate  # of a token
+    return {
+        "profile": _PROFILE.get(criterion, 0.0) * forward * profiled,
+        "sweep": (points + 1) * forward * chosen,
+        "evaluate": models * forward * measured,
+    }
+
+
+def _only_held_out(file: AbilitiesFile) -> AbilitiesFile:
+    return file.model_copy(update={"abilities": {name: one.held_out() for name, one in file.abilities.items()}})
+
+
+def _tokens(file: AbilitiesFile, tokenizers: Tokenizers) -> int:
+    every = (collect_samples(file, name, tokenizers).samples for name in file.abilities)
+    return sum(len(sample.input_ids) for samples in every for sample in samples)
+
+
+def _matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of a product of matrices, the best of some tries."""
+    size = 1024 if torch.device(device).type == "cpu" else 4096
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

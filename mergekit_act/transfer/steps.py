@@ -79,6 +79,7 @@ class Steps:
     def __init__(self, path: Path, run: Run, echo: Echo) -> None:
         self._path, self._run, self._echo = path, run, echo
         self._known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self._write()
 
     def is_done(self, step: Step) -> bool:
         """Whether it was run to its end on what it reads now."""
@@ -106,4 +107,7 @@ class Steps:
 
     def _note(self, name: str, digest: str, *, done: bool) -> None:
         self._known[name] = {"digest": digest, "done": done}
+        self._write()
+
+    def _write(self) -> None:
         write_atomically(self._path, (json.dumps(self._known, indent=2) + "\n").encode(), overwrite=True)

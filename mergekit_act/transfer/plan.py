@@ -1,0 +1,233 @@
+"""The commands of a transfer, the files between them, and what is to be known before the first of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+from mergekit_act.abilities import AbilitiesFile
+from mergekit_act.channels import channel_layout
+from mergekit_act.checkpoints import parse_reference, read_config
+from mergekit_act.devices import default_dtype, usable_device
+from mergekit_act.files import write_atomically
+from mergekit_act.report.listings import head_module
+from mergekit_act.sweep import Grid
+from mergekit_act.transfer.needs import estimate_needs, estimate_seconds
+from mergekit_act.transfer.parts import split_held_out
+from mergekit_act.transfer.steps import Step
+from mergekit_act.wording import escape, one_line, show_bytes, show_seconds
+from mergekit_act.yaml_files import read_yaml
+
+__all__ = ["TransferPlan", "TransferSettings"]
+
+
+@dataclass(frozen=True)
+class TransferSettings:
+    """How an ability is transferred.
+
+    Attributes:
+        criterion: by which channels are scored.
+        density: of each profile; None lets a sweep choose, as for the weight.
+        weight: on the changes.
+        keep_within: share of the likelihood of a kept answer token that the sweep's choice may lose.
+        finetune: whether the merged model is fine-tuned on the profiled samples.
+        push_to_hub: the repository that the result is uploaded to; None for none.
+        device: where models run; None takes the accelerator if there is one.
+        dtype: in which they are profiled and evaluated; None as the commands choose.
+        batch_tokens: tokens in a micro-batch.
+        memory_budget: bytes of the device's memory that profiling may use.
+        lora_merge_cache: folder for merged models, for references of the form ``model+lora``.
+        trust_remote_code: allow the models' own code from the Hub.
+    """
+
+    criterion: str = "attribution"
+    density: float | None = None
+    weight: float | None = None
+    keep_within: float = 0.05
+    finetune: bool = False
+    push_to_hub: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    batch_tokens: int = 4096
+    memory_budget: int | None = None
+    lora_merge_cache: str | None = None
+    trust_remote_code: bool = False
+
+
+class TransferPlan:
+    """The steps, and the files between them.
+
+    Args:
+        path: of the abilities file.
+        file: its content.
+        out: folder for everything.
+        settings: how.
+
+    Attributes:
+        config: the merge config that is merged.
+        merged: the merged model.
+        tuned: that one, fine-tuned.
+    """
+
+    def __init__(self, path: Path, file: AbilitiesFile, out: Path, settings: TransferSettings) -> None:
+        self.path, self.file, self.out, self.settings = path, file, out, settings
+        self.swept = settings.density is None
+        self.profiles = {name: out / "profiles" / f"{name}.safetensors" for name in file.abilities}
+        self.recovered = [self.profiles[name] for name, one in file.abilities.items() if one.role == "recover"]
+        self.config = out / "sweep" / "best.yml" if self.swept else out / "merge.yml"
+        self.measured = out / "measure.yml" if self.swept else path
+        self.merged, self.tuned = out / "merged", out / "tuned"
+
+    def check(self) -> None:
+        """What would fail after hours is told now."""
+        if (self.settings.density is None) != (self.settings.weight is None):
+            raise ValueError("density and weight go together: give both, or neither to let a sweep choose")
+        if not self.recovered:
+            raise ValueError(f'{self.path}: no ability has "role: recover", so there is nothing to transfer')
+        target, ability_model = (parse_reference(model) for model in (self.file.target, self.file.ability_model))
+        if target == ability_model:
+            raise ValueError(f"{self.path}: target and ability_model are the same model")
+        if self.settings.finetune and find_spec("trl") is None:
+            raise ValueError('fine-tuning needs TRL: pip install "mergekit-act[finetune]"')
+        self._parts = split_held_out(self.file, read_yaml(self.path, "abilities file"))
+        s = self.settings
+        self.needs = estimate_needs(
+            self.file, finetune=s.finetune, lora_merge_cache=s.lora_merge_cache, trust=s.trust_remote_code
+        )
+        existing = next(folder for folder in (self.out, *self.out.resolve().parents) if folder.exists())
+        free = shutil.disk_usage(existing).free
+        if self.needs.disk > free and not self.merged.exists():
+            raise OSError(
+                f"{escape(existing)} has {show_bytes(free)} free, and {show_bytes(self.needs.disk)} are needed; choose "
+                "another place"
+            )
+
+    def describe_needs(self) -> str:
+        """Time, memory and disk, for people."""
+        s = self.settings
+        choose, measure = (AbilitiesFile.model_validate(part) for part in self._parts)
+        seconds = estimate_seconds(
+            self.needs,
+            (self.file, choose, measure),
+            points=len(Grid().points(1)) if self.swept else 0,
+            criterion=s.criterion,
+            device=s.device,
+            dtype=s.dtype,
+            models=4 if s.finetune else 3,
+            trust=s.trust_remote_code,
+        )
+        device = usable_device(s.device)
+        width = (getattr(torch, s.dtype) if s.dtype else default_dtype(device)).itemsize
+        minutes = ", ".join(f"{name} {show_seconds(value)}" for name, value in seconds.items() if value)
+        lines = [
+            f"time: about {show_seconds(sum(seconds.values()))} on {device} ({minutes}), and what loading models and "
+            "generating answers takes",
+            f"memory: {show_bytes(self.needs.parameters * width)} for the target in a sweep and an evaluation; a "
+            "profile takes what is free, down to a layer of both models",
+            f"disk: {show_bytes(self.needs.disk)}",
+        ]
+        return "\n".join([*lines, *self.needs.remarks])
+
+    def make_repository(self) -> None:
+        """So that missing rights are told before hours of work; a new one is private.
+
+        Raises:
+            ValueError: the Hub does not allow it.
+        """
+        if self.settings.push_to_hub:
+            try:
+                HfApi().create_repo(self.settings.push_to_hub, private=True, exist_ok=True)
+            except (HTTPError, OSError, ValueError) as error:
+                raise ValueError(f"{self.settings.push_to_hub} cannot be written to: {one_line(error)}") from error
+
+    def write_inputs(self) -> None:
+        """Files that the steps read and nobody else writes."""
+        _write_yaml(self.out / "choose.yml", self._parts[0])
+        _write_yaml(self.out / "measure.yml", self._parts[1])
+        own: dict[str, Any] = {"weight": 1.0 if self.swept else self.settings.weight}
+        own["mask"] = ",".join(map(str, self.recovered)) if self.swept else str(self.out / "mask.safetensors")
+        own |= {"mask_density": 0.01} if self.swept else {}
+        models = [{"model": self.file.ability_model, "parameters": own}]
+        config = {"merge_method": "act", "base_model": self.file.target, "models": models}
+        _write_yaml(self.out / "merge.yml", config)
+
+    def steps(self) -> Iterator[Step]:
+        """In the order in which they are taken."""
+        s, out, target, ability_model = self.settings, self.out, self.file.target, self.file.ability_model
+        models, data = (target, ability_model), [one.dataset for one in self.file.abilities.values()]
+        trust: tuple[str, ...] = ("--trust-remote-code",) if s.trust_remote_code else ()
+        trust += ("--lora-merge-cache", s.lora_merge_cache) if s.lora_merge_cache else ()
+        device = ("--device", s.device) if s.device else ()
+        batch = ("--batch-tokens", s.batch_tokens) if s.batch_tokens != 4096 else ()
+        dtype = ("--dtype", s.dtype) if s.dtype else ()
+        profiles = tuple(self.profiles.values())
+
+        excluded = tuple(word for module in self._outer_modules() for word in ("--exclude", module))
+        memory = ("--memory-budget", s.memory_budget) if s.memory_budget else ()
+        words = ("profile", self.path, out / "profiles", "--criterion", s.criterion, *excluded)
+        words += (*device, *dtype, *batch, *memory, *trust)
+        yield _ours("profile", words, (*data, *models), profiles, resumes=True, content=self._profiled())
+        if self.swept:
+            words = ("sweep", out / "merge.yml", out / "choose.yml", out / "sweep", "--keep-within", s.keep_within)
+            reads: tuple[Any, ...] = (out / "merge.yml", out / "choose.yml", *profiles, *data, *models)
+            words += (*device, *batch, *trust)
+            yield _ours("sweep", words, reads, (out / "sweep" / "sweep.csv",), resumes=True)
+        else:
+            words = ("mask", *self.recovered, "-o", out / "mask.safetensors", "--density", s.density)
+            yield _ours("mask", words, profiles, (out / "mask.safetensors",))
+        merge = ("mergekit-yaml", str(self.config), str(self.merged), *trust)
+        reads = (self.config, *self.recovered, out / "mask.safetensors", *models)
+        yield Step("merge", merge, reads, (self.merged / "config.json",))
+        if s.finetune:
+            words = ("finetune", self.merged, self.path, self.tuned, *device[:2], *dtype, *trust)
+            reads, tuned = (self.merged, *data), (self.tuned / "config.json",)
+            yield _ours("finetune", words, reads, tuned, resumes=True, content=self._profiled())
+        found, results = out / "evaluation.json", (self.merged, *((self.tuned,) if s.finetune else ()))
+        words = ("evaluate", *models, *results, "--abilities", self.measured, "--json", found)
+        words += (*device, *dtype, *batch, *trust)
+        yield _ours("evaluate", words, (self.measured, *data, *models, *results), (found,))
+        words = ("card", self.merged, "--evaluation", found, *trust)
+        yield _ours("card", words, (self.config, found), (self.merged / "README.md",), resumes=True)
+        if find_spec("matplotlib") is not None:
+            words = ("report", *profiles, "-o", out / "report")
+            yield _ours("report", words, profiles, (out / "report" / "report.html",))
+        if s.push_to_hub:
+            last = self.tuned if s.finetune else self.merged
+            yield Step("push", ("hf", "upload", s.push_to_hub, str(last), "--private"), (last, last / "README.md"), ())
+
+    def _profiled(self) -> dict[str, Any]:
+        """The abilities file without what is held out."""
+        content = self.file.model_dump(mode="json")
+        for own in content["abilities"].values():
+            del own["evaluate"]
+        return content
+
+    def _outer_modules(self) -> list[str]:
+        """The head and the embedding: what they own moves all tokens, and crowds out the layers."""
+        trust = self.settings.trust_remote_code
+        layout = channel_layout(read_config(self.file.target, trust_remote_code=trust), trust_remote_code=trust)
+        head = head_module(layout)
+        if head is None or self.settings.criterion == "activation":
+            return []
+        shape = (layout.shapes or {})[layout.parameters[head][0][0]]
+        owned = {module: [(layout.shapes or {})[name] for name, _ in own] for module, own in layout.parameters.items()}
+        return [module for module, shapes in owned.items() if shape in shapes]
+
+
+def _ours(name: str, words: Sequence[Any], reads: Sequence[Any], writes: Sequence[Path], **more: Any) -> Step:
+    return Step(name, ("mergekit-act", *map(str, words)), reads, writes, **more)
+
+
+def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_atomically(path, text.encode(), overwrite=True)
