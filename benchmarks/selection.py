@@ -195,7 +195,7 @@ def main(folder: Path, abilities: str, kept_by: str, exclude, only, fit_keep, fi
     from mergekit_act.models import load_model
     from mergekit_act.planning import plan_merge
     from mergekit_act.selection import make_mask
-    from mergekit_act.sweep import PatchedModel
+    from mergekit_act.sweeping import PatchedModel
     from mergekit_act.wording import table
 
     os.chdir(folder)

@@ -40,7 +40,7 @@ def main(model, folder, density, samples, tokens, device, rounds, fit) -> None:
     from mergekit_act.planning import plan_merge
     from mergekit_act.profiling import ProfilingSettings, open_pair, profile_without_data
     from mergekit_act.profiling.scoring import measure_pair
-    from mergekit_act.sweep import PatchedModel
+    from mergekit_act.sweeping import PatchedModel
     from mergekit_act.wording import table
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -7,29 +7,29 @@ the public names are looked up when they are first used.
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Mask": "artifacts",
-    "Profile": "artifacts",
+    "evaluate": "api",
     "load_mask": "artifacts",
     "load_profile": "artifacts",
-    "save_mask": "artifacts",
-    "save_profile": "artifacts",
-    "open_pair": "profiling",
     "make_mask": "selection",
+    "merge": "api",
+    "profile": "api",
+    "save_mask": "artifacts",
     "select_channels": "selection",
-    "profile_pair": "profiling",
+    "sweep": "api",
+    "transfer": "api",
 }
 
 __all__ = [
-    "Mask",
-    "Profile",
+    "evaluate",
     "load_mask",
     "load_profile",
     "make_mask",
-    "open_pair",
-    "profile_pair",
+    "merge",
+    "profile",
     "save_mask",
-    "save_profile",
     "select_channels",
+    "sweep",
+    "transfer",
 ]
 
 

@@ -83,6 +83,24 @@ class Layout:
             total += (cells - untouched) * (math.prod(self._shape(name)) // cells)
         return total
 
+    @property
+    def head(self) -> str | None:
+        """The LM head: rows of a matrix that has the shape of an embedding, whose channels are columns."""
+        owned = {(module, name, axis) for module, pairs in self.parameters.items() for name, axis in pairs}
+        shapes = self.shapes or {}
+        embeddings = {shapes[name] for _, name, axis in owned if axis == 1 and len(shapes.get(name, ())) == 2}
+        heads = [module for module, name, axis in owned if axis == 0 and shapes.get(name) in embeddings]
+        outside = [module for module in heads if not re.search(r"\.\d+(\.|$)", module)]
+        return outside[0] if len(outside) == 1 else None
+
+    @property
+    def vocabulary_modules(self) -> tuple[str, ...]:
+        """The head, and the embedding of its shape."""
+        if self.head is None:
+            return ()
+        shape = self._shape(self.parameters[self.head][0][0])
+        return tuple(m for m, owned in self.parameters.items() if shape in [self._shape(name) for name, _ in owned])
+
     def parameter_count(self) -> int:
         """Number of parameters of the model, a tied matrix counted once."""
         repeated = {name for group in self.tied for name in group[1:]}

@@ -24,7 +24,6 @@ from mergekit_act.cli import main
 from mergekit_act.groups import Groups
 from mergekit_act.report import draw_losses
 from mergekit_act.report.comparison import DENSITIES, load_comparison
-from mergekit_act.report.listings import head_module
 from mergekit_act.selection import make_mask
 
 ABILITIES = ("math-en", "math-ar", "science-en", "science-ar")
@@ -269,7 +268,7 @@ def heavy_head(layout: Layout) -> Profile:
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen2-tied", "gpt2", "gpt_neox", "falcon"])
 def test_the_head_is_found(name):
-    assert head_module(channel_layout(tiny_config(name))) == "lm_head"
+    assert channel_layout(tiny_config(name)).head == "lm_head"
 
 
 def test_a_mask_in_the_head_is_warned_of(tmp_path):

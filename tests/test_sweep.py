@@ -24,8 +24,8 @@ from mergekit_act.artifacts import save_profile
 from mergekit_act.cli import main
 from mergekit_act.planning import plan_merge
 from mergekit_act.profiling import open_pair, profile_without_data
-from mergekit_act.sweep import Grid, PatchedModel, Point
-from mergekit_act.sweep.scores import Score, best_point, frontier
+from mergekit_act.sweeping import Grid, PatchedModel, Point
+from mergekit_act.sweeping.scores import Score, best_point, frontier
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from hub import run_there
 from merges import state_of
 
 from mergekit_act.cli import main
-from mergekit_act.transfer.judgement import judge, list_results
+from mergekit_act.transferring.judgement import judge, list_results
 
 
 @pytest.fixture

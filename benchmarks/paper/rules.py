@@ -27,7 +27,7 @@ from mergekit_act.models import load_model
 from mergekit_act.planning import plan_merge
 from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair, write_profiles
 from mergekit_act.selection import Retention, excluded_modules, make_mask, rank_channels
-from mergekit_act.sweep import PatchedModel
+from mergekit_act.sweeping import PatchedModel
 
 __all__ = ["CONTROLS", "PAPER", "RULES", "SHARES", "Merges", "Point", "Rule", "make_profiles", "points"]
 

@@ -13,7 +13,7 @@ from mergekit_act.cli.framework import command, common, echo, packed
 
 if TYPE_CHECKING:
     from mergekit_act.evaluation import Evaluation, EvaluationSettings
-    from mergekit_act.sweep import Grid, SweepSettings
+    from mergekit_act.sweeping import Grid, SweepSettings
 
 
 @command()
@@ -145,8 +145,8 @@ def _write(evaluation: Evaluation, outputs: dict[str, Path]) -> None:
 @options.trust
 @options.overwrite
 @common
-@packed("mergekit_act.sweep", "Grid", "grid")
-@packed("mergekit_act.sweep", "SweepSettings", "settings")
+@packed("mergekit_act.sweeping", "Grid", "grid")
+@packed("mergekit_act.sweeping", "SweepSettings", "settings")
 def sweep(
     config_file: Path, abilities_file: Path, out_dir: Path, overwrite: bool, grid: Grid, settings: SweepSettings
 ) -> None:
@@ -161,8 +161,8 @@ def sweep(
     """
     from mergekit_act.abilities import load_abilities
     from mergekit_act.report import can_draw, check_drawing, draw_sweep, list_sweep
-    from mergekit_act.sweep import run_sweep
-    from mergekit_act.sweep.config import read_swept_config
+    from mergekit_act.sweeping import run_sweep
+    from mergekit_act.sweeping.config import read_swept_config
 
     config = read_swept_config(config_file)
     points = grid.points(len(config.models))

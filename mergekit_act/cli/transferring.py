@@ -16,7 +16,7 @@ from mergekit_act.cli.framework import command, common, echo, packed
 from mergekit_act.criteria import CRITERIA
 
 if TYPE_CHECKING:
-    from mergekit_act.transfer import TransferSettings
+    from mergekit_act.transferring import TransferSettings
 
 
 @command()
@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 @click.option("--keep", metavar="DATA[:SPLIT]", multiple=True, help="Data set of what is to stay. Repeatable.")
 @click.option("--prompt", metavar="COLUMN", help="Or a format string of columns.")
 @click.option("--answer", metavar="COLUMN", help="Likewise.")
-@click.option("--criterion", type=click.Choice(CRITERIA), default="attribution", show_default=True)
+@click.option(
+    "--criterion",
+    type=click.Choice(CRITERIA),
+    default="attribution",
+    show_default=True,
+    help="By which channels are scored; see mergekit-act profile --help.",
+)
 @click.option("--density", type=float, metavar="P", help="Of each profile, with --weight and without a sweep.")
 @click.option("--weight", type=float, help="With --density.")
 @click.option(
@@ -49,7 +55,7 @@ if TYPE_CHECKING:
 @options.lora_merge_cache
 @options.trust
 @common
-@packed("mergekit_act.transfer", "TransferSettings", "settings")
+@packed("mergekit_act.transferring", "TransferSettings", "settings")
 def transfer(
     paths: tuple[Path, ...], yes: bool, dry_run: bool, quiet: bool, settings: TransferSettings, **pair: Any
 ) -> None:
@@ -62,18 +68,19 @@ def transfer(
     from mergekit_act import autoload
 
     autoload.install()
-    from mergekit_act.transfer import run_transfer
+    from mergekit_act.transferring import describe_transfer, run_transfer
 
     def run(words: Sequence[str]) -> None:
-        _run([*words, "--quiet"] if quiet else words)
+        run_words([*words, "--quiet"] if quiet else words)
 
     *files, out = paths
     path = _abilities_file(files, out, pair)
-    if settings.push_to_hub and not (dry_run or yes):
-        click.confirm(f"Upload the result to {settings.push_to_hub}?", abort=True)
-    done = run_transfer(path, out, settings, run=run, echo=echo, plan_only=dry_run)
-    if done is None:
+    if dry_run:
+        echo(describe_transfer(path, out, settings))
         return
+    if settings.push_to_hub and not yes:
+        click.confirm(f"Upload the result to {settings.push_to_hub}?", abort=True)
+    done = run_transfer(path, out, settings, run=run, echo=echo)
     echo(f"\n{done.results}\n\n{done.judgement}" if done.results else f"\n{done.judgement}")
     if done.model is None:
         raise SystemExit(1)
@@ -92,7 +99,7 @@ def _abilities_file(files: Sequence[Path], out: Path, pair: Mapping[str, Any]) -
     import yaml
 
     from mergekit_act.files import write_atomically
-    from mergekit_act.transfer.describe import describe_abilities
+    from mergekit_act.transferring.describe import describe_abilities
 
     path = out.with_name(f"{out.name}.yml")
     text = yaml.safe_dump(describe_abilities(**pair), sort_keys=False, allow_unicode=True)
@@ -104,7 +111,7 @@ def _abilities_file(files: Sequence[Path], out: Path, pair: Mapping[str, Any]) -
     return path
 
 
-def _run(words: Sequence[str]) -> None:
+def run_words(words: Sequence[str]) -> None:
     """Run a command in this process, so that it ends when this one is ended."""
     from mergekit_act.cli import main
 

@@ -11,7 +11,7 @@ from mergekit_act.report.canvas import COLOURS, MUTED, can_draw, new_canvas, sav
 from mergekit_act.wording import one_line
 
 if TYPE_CHECKING:
-    from mergekit_act.sweep.run import SweepResult
+    from mergekit_act.sweeping.run import SweepResult
 
 __all__ = ["check_drawing", "draw_losses", "draw_sweep"]
 

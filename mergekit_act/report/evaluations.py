@@ -11,7 +11,7 @@ from mergekit_act.wording import table
 if TYPE_CHECKING:
     from mergekit_act.evaluation import Evaluated, Measure
     from mergekit_act.evaluation.statistics import Interval
-    from mergekit_act.sweep.run import SweepResult
+    from mergekit_act.sweeping.run import SweepResult
 
 __all__ = ["list_evaluation", "list_sweep"]
 

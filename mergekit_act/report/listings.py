@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from mergekit_act.checking.summary import CheckSummary
 
 __all__ = [
-    "head_module",
     "head_warning",
     "list_channels",
     "list_check",
@@ -78,16 +76,6 @@ def list_mask(mask: Mask) -> str:
     return "\n".join([*lines, *predicted_effects(mask.sources)])
 
 
-def head_module(layout: Layout) -> str | None:
-    """The LM head: rows of a matrix that has the shape of an embedding, whose channels are columns."""
-    owned = {(module, name, axis) for module, pairs in layout.parameters.items() for name, axis in pairs}
-    shapes = layout.shapes or {}
-    embeddings = {shapes[name] for _, name, axis in owned if axis == 1 and len(shapes.get(name, ())) == 2}
-    heads = [module for module, name, axis in owned if axis == 0 and shapes.get(name) in embeddings]
-    outside = [module for module in heads if not re.search(r"\.\d+(\.|$)", module)]
-    return outside[0] if len(outside) == 1 else None
-
-
 def head_warning(
     layout: Layout, name: str, counts: Mapping[str, int], remedy: str = "--exclude {head} leaves them out."
 ) -> str:
@@ -99,7 +87,7 @@ def head_warning(
         counts: module -> how many of its channels are selected.
         remedy: a sentence, in which "{head}" stands for the head's name.
     """
-    head = head_module(layout)
+    head = layout.head
     selected = sum(counts.values())
     if head is None or 2 * counts.get(head, 0) <= selected:
         return ""

@@ -16,7 +16,7 @@ from mergekit_act.checking.configs import read_merge_config
 from mergekit_act.files import file_hash
 from mergekit_act.merging import find_mask_files
 from mergekit_act.merging.hub import look_again
-from mergekit_act.sweep.grid import Point
+from mergekit_act.sweeping.grid import Point
 
 __all__ = ["SweptConfig", "read_swept_config"]
 

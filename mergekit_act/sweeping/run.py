@@ -30,10 +30,10 @@ from mergekit_act.models import check_samples_fit, load_model
 from mergekit_act.planning import plan_merge
 from mergekit_act.runs.folders import claimed
 from mergekit_act.runs.settings import keep_settings
-from mergekit_act.sweep.config import SweptConfig
-from mergekit_act.sweep.grid import Point
-from mergekit_act.sweep.patching import PatchedModel
-from mergekit_act.sweep.scores import Roles, Score, ScoreFile, best_point, frontier
+from mergekit_act.sweeping.config import SweptConfig
+from mergekit_act.sweeping.grid import Point
+from mergekit_act.sweeping.patching import PatchedModel
+from mergekit_act.sweeping.scores import Roles, Score, ScoreFile, best_point, frontier
 from mergekit_act.versions import installed_versions
 
 __all__ = ["SweepResult", "SweepSettings", "run_sweep"]

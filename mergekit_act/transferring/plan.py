@@ -19,11 +19,10 @@ from mergekit_act.channels import channel_layout
 from mergekit_act.checkpoints import parse_reference, read_config
 from mergekit_act.devices import default_dtype, usable_device
 from mergekit_act.files import write_atomically
-from mergekit_act.report.listings import head_module
-from mergekit_act.sweep import Grid
-from mergekit_act.transfer.needs import estimate_needs, estimate_seconds
-from mergekit_act.transfer.parts import split_held_out
-from mergekit_act.transfer.steps import Step
+from mergekit_act.sweeping import Grid
+from mergekit_act.transferring.needs import estimate_needs, estimate_seconds
+from mergekit_act.transferring.parts import split_held_out
+from mergekit_act.transferring.steps import Step
 from mergekit_act.wording import escape, one_line, show_bytes, show_seconds
 from mergekit_act.yaml_files import read_yaml
 
@@ -171,16 +170,16 @@ class TransferPlan:
         dtype = ("--dtype", s.dtype) if s.dtype else ()
         profiles = tuple(self.profiles.values())
 
-        excluded = tuple(word for module in self._outer_modules() for word in ("--exclude", module))
+        excluded = tuple(word for module in self._vocabulary() for word in ("--exclude", module))
         memory = ("--memory-budget", s.memory_budget) if s.memory_budget else ()
         words = ("profile", self.path, out / "profiles", "--criterion", s.criterion, *excluded)
         words += (*device, *dtype, *batch, *memory, *trust)
-        yield _ours("profile", words, (*data, *models), profiles, resumes=True, content=self._profiled())
+        yield _ours("profile", words, (*data, *models), profiles, again="ends", content=self._profiled())
         if self.swept:
             words = ("sweep", out / "merge.yml", out / "choose.yml", out / "sweep", "--keep-within", s.keep_within)
             reads: tuple[Any, ...] = (out / "merge.yml", out / "choose.yml", *profiles, *data, *models)
             words += (*device, *batch, *trust)
-            yield _ours("sweep", words, reads, (out / "sweep" / "sweep.csv",), resumes=True)
+            yield _ours("sweep", words, reads, (out / "sweep" / "sweep.csv",), again="resumes")
         else:
             words = ("mask", *self.recovered, "-o", out / "mask.safetensors", "--density", s.density)
             yield _ours("mask", words, profiles, (out / "mask.safetensors",))
@@ -190,13 +189,13 @@ class TransferPlan:
         if s.finetune:
             words = ("finetune", self.merged, self.path, self.tuned, *device[:2], *dtype, *trust)
             reads, tuned = (self.merged, *data), (self.tuned / "config.json",)
-            yield _ours("finetune", words, reads, tuned, resumes=True, content=self._profiled())
+            yield _ours("finetune", words, reads, tuned, again="ends", content=self._profiled())
         found, results = out / "evaluation.json", (self.merged, *((self.tuned,) if s.finetune else ()))
         words = ("evaluate", *models, *results, "--abilities", self.measured, "--json", found)
         words += (*device, *dtype, *batch, *trust)
         yield _ours("evaluate", words, (self.measured, *data, *models, *results), (found,))
         words = ("card", self.merged, "--evaluation", found, *trust)
-        yield _ours("card", words, (self.config, found), (self.merged / "README.md",), resumes=True)
+        yield _ours("card", words, (self.config, found), (self.merged / "README.md",), again="resumes")
         if find_spec("matplotlib") is not None:
             words = ("report", *profiles, "-o", out / "report")
             yield _ours("report", words, profiles, (out / "report" / "report.html",))
@@ -211,16 +210,13 @@ class TransferPlan:
             del own["evaluate"]
         return content
 
-    def _outer_modules(self) -> list[str]:
-        """The head and the embedding: what they own moves all tokens, and crowds out the layers."""
+    def _vocabulary(self) -> Sequence[str]:
+        """The head and the embedding, whose rows and columns would crowd out the layers."""
+        if self.settings.criterion == "activation":
+            return ()
         trust = self.settings.trust_remote_code
-        layout = channel_layout(read_config(self.file.target, trust_remote_code=trust), trust_remote_code=trust)
-        head = head_module(layout)
-        if head is None or self.settings.criterion == "activation":
-            return []
-        shape = (layout.shapes or {})[layout.parameters[head][0][0]]
-        owned = {module: [(layout.shapes or {})[name] for name, _ in own] for module, own in layout.parameters.items()}
-        return [module for module, shapes in owned.items() if shape in shapes]
+        config = read_config(self.file.target, trust_remote_code=trust)
+        return channel_layout(config, trust_remote_code=trust).vocabulary_modules
 
 
 def _ours(name: str, words: Sequence[Any], reads: Sequence[Any], writes: Sequence[Path], **more: Any) -> Step:

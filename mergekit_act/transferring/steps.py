@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -33,8 +33,8 @@ class Step:
         words: the command, as a user gives it.
         reads: files and models that its result depends on; names of the Hub count by themselves.
         writes: files that are there once it is done.
-        resumes: whether it goes on by itself after an interruption, and is told to overwrite what is of other inputs;
-            other commands write anew in any case.
+        again: whether it goes on by itself after an interruption (``resumes``), refuses once it is done (``ends``), or
+            begins anew in any case; it is told to overwrite what is of other inputs.
         content: of a file that is not read as a whole, what is.
     """
 
@@ -42,7 +42,7 @@ class Step:
     words: Sequence[str]
     reads: Sequence[str | Path]
     writes: Sequence[Path]
-    resumes: bool = False
+    again: Literal["resumes", "ends", "anew"] = "anew"
     content: Any = None
 
     def __str__(self) -> str:
@@ -92,12 +92,12 @@ class Steps:
             self._echo(f"\n$ {step}\n  done before, from the same files")
             return
         digest, known = step.digest(), self._known.get(step.name)
-        if step.resumes:
-            anew = known is not None and known["digest"] != digest
-        else:
-            anew = any(path.exists() for path in step.writes) and step.words[0] == "mergekit-act"
+        of_others = known is not None and known["digest"] != digest
+        there = all(path.exists() for path in step.writes)
+        overwrite = of_others if step.again == "resumes" else of_others or there
+        can_overwrite = step.words[0] == "mergekit-act"
         self._note(step.name, digest, done=False)
-        words = [*map(str, step.words), *(["--overwrite"] if anew else [])]
+        words = [*map(str, step.words), *(["--overwrite"] if overwrite and can_overwrite else [])]
         self._echo(f"\n$ {shlex.join(words)}")
         self._run(words)
         self._note(step.name, digest, done=True)

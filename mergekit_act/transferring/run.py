@@ -13,12 +13,12 @@ import yaml
 from mergekit_act.abilities import AbilitiesFile, load_abilities
 from mergekit_act.files import check_writable
 from mergekit_act.runs.folders import claimed
-from mergekit_act.transfer.judgement import judge, list_results
-from mergekit_act.transfer.plan import TransferPlan, TransferSettings
-from mergekit_act.transfer.steps import Echo, Run, Steps
+from mergekit_act.transferring.judgement import judge, list_results
+from mergekit_act.transferring.plan import TransferPlan, TransferSettings
+from mergekit_act.transferring.steps import Echo, Run, Steps
 from mergekit_act.wording import escape
 
-__all__ = ["Transfer", "run_transfer"]
+__all__ = ["Transfer", "describe_transfer", "run_transfer"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,21 @@ class Transfer:
     judgement: str
 
 
-def run_transfer(
-    path: Path, out: Path, settings: TransferSettings, *, run: Run, echo: Echo, plan_only: bool = False
-) -> Transfer | None:
+def describe_transfer(path: Path, out: Path, settings: TransferSettings) -> str:
+    """The commands of a transfer, and what they take; nothing is written.
+
+    Raises:
+        FileNotFoundError: as ``run_transfer``.
+        OSError: likewise.
+        ValueError: likewise.
+    """
+    planned = TransferPlan(path, load_abilities(path), out, settings)
+    planned.check()
+    commands = "\n".join(f"$ {step}" for step in planned.steps())
+    return f"{commands}\n\n{planned.describe_needs()}"
+
+
+def run_transfer(path: Path, out: Path, settings: TransferSettings, *, run: Run, echo: Echo) -> Transfer:
     """Take the whole path; what an earlier run has done on the same files is not done again.
 
     Args:
@@ -49,10 +61,6 @@ def run_transfer(
         settings: how.
         run: runs a command, given its words.
         echo: prints a line.
-        plan_only: print the commands, and run none.
-
-    Returns:
-        What came of it; None if it was only planned.
 
     Raises:
         FileNotFoundError: the file, a model or a data set does not exist.
@@ -63,11 +71,6 @@ def run_transfer(
     file = load_abilities(path)
     planned = TransferPlan(path, file, out, settings)
     planned.check()
-    if plan_only:
-        for step in planned.steps():
-            echo(f"$ {step}")
-        echo(f"\n{planned.describe_needs()}")
-        return None
     check_writable(out)
     with claimed(out / "transfer.json"):
         _claim(out, file)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_act.files import write_atomically
-from mergekit_act.sweep.grid import Point
+from mergekit_act.sweeping.grid import Point
 from mergekit_act.wording import as_csv
 
 __all__ = ["Roles", "Score", "ScoreFile", "best_point", "frontier"]
