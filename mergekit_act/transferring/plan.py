@@ -72,6 +72,8 @@ class TransferPlan:
         settings: how.
 
     Attributes:
+        target: the target, as the commands name it.
+        ability_model: likewise.
         config: the merge config that is merged.
         merged: the merged model.
         tuned: that one, fine-tuned.
@@ -79,6 +81,7 @@ class TransferPlan:
 
     def __init__(self, path: Path, file: AbilitiesFile, out: Path, settings: TransferSettings) -> None:
         self.path, self.file, self.out, self.settings = path, file, out, settings
+        self.target, self.ability_model = map(_unmistakable, (file.target, file.ability_model))
         self.swept = settings.density is None
         self.profiles = {name: out / "profiles" / f"{name}.safetensors" for name in file.abilities}
         self.recovered = [self.profiles[name] for name, one in file.abilities.items() if one.role == "recover"]
@@ -92,8 +95,7 @@ class TransferPlan:
             raise ValueError("density and weight go together: give both, or neither to let a sweep choose")
         if not self.recovered:
             raise ValueError(f'{self.path}: no ability has "role: recover", so there is nothing to transfer')
-        target, ability_model = (parse_reference(model) for model in (self.file.target, self.file.ability_model))
-        if target == ability_model:
+        if parse_reference(self.target) == parse_reference(self.ability_model):
             raise ValueError(f"{self.path}: target and ability_model are the same model")
         if self.settings.finetune and find_spec("trl") is None:
             raise ValueError('fine-tuning needs TRL: pip install "mergekit-act[finetune]"')
@@ -155,14 +157,14 @@ class TransferPlan:
         own: dict[str, Any] = {"weight": 1.0 if self.swept else self.settings.weight}
         own["mask"] = ",".join(map(str, self.recovered)) if self.swept else str(self.out / "mask.safetensors")
         own |= {"mask_density": 0.01} if self.swept else {}
-        models = [{"model": self.file.ability_model, "parameters": own}]
-        config = {"merge_method": "act", "base_model": self.file.target, "models": models}
+        models = [{"model": self.ability_model, "parameters": own}]
+        config = {"merge_method": "act", "base_model": self.target, "models": models}
         _write_yaml(self.out / "merge.yml", config)
 
     def steps(self) -> Iterator[Step]:
         """In the order in which they are taken."""
-        s, out, target, ability_model = self.settings, self.out, self.file.target, self.file.ability_model
-        models, data = (target, ability_model), [one.dataset for one in self.file.abilities.values()]
+        s, out, models = self.settings, self.out, (self.target, self.ability_model)
+        data = [one.dataset for one in self.file.abilities.values()]
         trust: tuple[str, ...] = ("--trust-remote-code",) if s.trust_remote_code else ()
         trust += ("--lora-merge-cache", s.lora_merge_cache) if s.lora_merge_cache else ()
         device = ("--device", s.device) if s.device else ()
@@ -217,6 +219,11 @@ class TransferPlan:
         trust = self.settings.trust_remote_code
         config = read_config(self.file.target, trust_remote_code=trust)
         return channel_layout(config, trust_remote_code=trust).vocabulary_modules
+
+
+def _unmistakable(model: str) -> str:
+    """A folder's name that mergekit cannot take for one of the Hub."""
+    return f"./{model}" if Path(model).is_dir() and not model.startswith((".", "/")) else model
 
 
 def _ours(name: str, words: Sequence[Any], reads: Sequence[Any], writes: Sequence[Path], **more: Any) -> Step:

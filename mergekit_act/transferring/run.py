@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mergekit_act.abilities import AbilitiesFile, load_abilities
+from mergekit_act.abilities import load_abilities
 from mergekit_act.files import check_writable
 from mergekit_act.runs.folders import claimed
 from mergekit_act.transferring.judgement import judge, list_results
@@ -68,12 +68,11 @@ def run_transfer(path: Path, out: Path, settings: TransferSettings, *, run: Run,
         OSError: the disk is too small.
         ValueError: the models are one, there are too few held-out rows, or the folder is of another pair.
     """
-    file = load_abilities(path)
-    planned = TransferPlan(path, file, out, settings)
+    planned = TransferPlan(path, load_abilities(path), out, settings)
     planned.check()
     check_writable(out)
     with claimed(out / "transfer.json"):
-        _claim(out, file)
+        _claim(planned)
         planned.make_repository()
         steps = Steps(out / "transfer.json", run, echo)
         planned.write_inputs()
@@ -91,26 +90,26 @@ def _result(planned: TransferPlan) -> Transfer:
         return Transfer(None, {}, "", words)
     evaluation = json.loads((planned.out / "evaluation.json").read_text(encoding="utf-8"))
     last = planned.tuned if planned.settings.finetune else planned.merged
-    names = {planned.file.target: "target", planned.file.ability_model: "ability model", str(planned.merged): "merged"}
+    names = {planned.target: "target", planned.ability_model: "ability model", str(planned.merged): "merged"}
     names |= {str(planned.tuned): "tuned"} if planned.settings.finetune else {}
-    judgement = judge(evaluation, planned.file.target, planned.file.ability_model, str(last))
+    judgement = judge(evaluation, planned.target, planned.ability_model, str(last))
     return Transfer(last, evaluation, list_results(evaluation, names), judgement)
 
 
-def _claim(out: Path, file: AbilitiesFile) -> None:
+def _claim(planned: TransferPlan) -> None:
     """See that a folder is of a transfer between these models, or of none.
 
     Raises:
         FileExistsError: it has files of something else.
         ValueError: it is of another pair.
     """
+    out, own = planned.out, (planned.target, planned.ability_model)
     before = out / "merge.yml"
     if not (out / "transfer.json").exists():
         if any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise FileExistsError(f"{escape(out)} has files of something else; name another folder")
         return
     written = yaml.safe_load(before.read_text(encoding="utf-8")) if before.exists() else {}
-    own = (file.target, file.ability_model)
     if written and (written["base_model"], written["models"][0]["model"]) != own:
         raise ValueError(
             f"{escape(out)} is of a transfer from {written['models'][0]['model']} into {written['base_model']}; name "
