@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -239,6 +240,12 @@ def test_the_commands_on_the_card_make_it_again(merged, tmp_path, monkeypatch):
     first, second = state_of(merged), state_of(Path("again"))
     assert first.keys() == second.keys()
     assert all((first[name] == second[name]).all() for name in first)
+    reproduce = json.loads((merged / "reproduce.json").read_text())
+    assert reproduce["config"] == yaml.safe_load((merged / "act.yml").read_text())
+    for name, digest in reproduce["files"].items():
+        assert hashlib.sha256((away / name).read_bytes()).hexdigest() == digest
+    assert len(reproduce["models"]) == 2
+    assert all(model["fingerprint"] for model in reproduce["models"])
 
 
 def test_pairs_have_their_own_profiles(work):

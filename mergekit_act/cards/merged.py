@@ -28,6 +28,7 @@ from mergekit_act.cards.markdown import (
     write_readme,
 )
 from mergekit_act.cards.masks import MaskFile, find_fits, find_masks, map_setting
+from mergekit_act.cards.reproduce import describe_reproduction
 from mergekit_act.cards.results import read_results
 from mergekit_act.cards.transfer import describe_transfer
 from mergekit_act.checking.summary import CheckSummary, check_config
@@ -79,7 +80,7 @@ def write_merge_card(
     fits = {setting: (path, f"fit/{file_hash(path)[:8]}-{path.name}") for setting, path in find_fits(config).items()}
     inputs = {copy: load_inputs(source) for source, copy in fits.values()}
     instructions = Instructions(masks, summary.target, summary.ability_models, inputs)
-    files = _files(config, masks, fits, instructions) | dict(draw(summary))
+    files = _files(merged, config, masks, fits, instructions) | dict(draw(summary))
     changed = [name for name, content in files.items() if not _is(merged / name, content)]
     taken = [str(merged / name) for name in changed if (merged / name).exists()]
     if taken and not overwrite:
@@ -103,7 +104,11 @@ def write_merge_card(
 
 
 def _files(
-    config: Any, masks: Sequence[MaskFile], fits: Mapping[str, tuple[Path, str]], instructions: Instructions
+    merged: Path,
+    config: Any,
+    masks: Sequence[MaskFile],
+    fits: Mapping[str, tuple[Path, str]],
+    instructions: Instructions,
 ) -> dict[str, bytes]:
     """What goes into the folder beside the card: masks, inputs, the config with them, the data they were made of."""
     copies: dict[str, list[str]] = {}
@@ -112,6 +117,7 @@ def _files(
     own = map_setting(config, "mask", lambda setting: ",".join(dict.fromkeys(copies.get(setting, [setting]))))
     own = map_setting(own, "fit", lambda setting: fits[setting][1])
     texts = instructions.files | {"act.yml": yaml.safe_dump(own, sort_keys=False, allow_unicode=True)}
+    texts["reproduce.json"] = describe_reproduction(merged / "reproduce.json", own, masks, fits)
     used = {mask.copy: mask.path for mask in masks} | {copy: path for path, copy in fits.values()}
     return {copy: path.read_bytes() for copy, path in used.items()} | {name: t.encode() for name, t in texts.items()}
 

@@ -1,0 +1,42 @@
+"""``reproduce.json``: what a program needs to make a merge again, and to see that it has the same files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_act.cards.masks import MaskFile
+from mergekit_act.files import file_hash
+from mergekit_act.versions import installed_versions
+
+__all__ = ["describe_reproduction"]
+
+
+def describe_reproduction(
+    path: Path, config: Mapping[str, Any], masks: Sequence[MaskFile], fits: Mapping[str, tuple[Path, str]]
+) -> str:
+    """JSON: the config with copied files, their SHA-256, the models with the fingerprints they were profiled with.
+
+    Args:
+        path: of the file; the versions that it names, if it is there, stay.
+        config: of the merge, as ``act.yml`` has it.
+        masks: that it names.
+        fits: setting -> the file of inputs and its copy.
+    """
+    models = {}
+    for source in (source for mask in masks for source in mask.sources):
+        for role in ("target", "ability_model"):
+            if isinstance(source.get(role), dict):
+                models[source[role]["model"]] = source[role]
+    versions = json.loads(path.read_text(encoding="utf-8")).get("versions") if path.is_file() else None
+    files = {mask.copy: mask.sha256 for mask in masks} | {copy: file_hash(source) for source, copy in fits.values()}
+    content = {
+        "format_version": 1,
+        "config": config,
+        "files": dict(sorted(files.items())),
+        "models": [models[name] for name in sorted(models)],
+        "versions": versions or installed_versions("mergekit", "torch", "transformers", "safetensors"),
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
