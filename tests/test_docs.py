@@ -131,3 +131,28 @@ def test_the_paths_that_the_readme_and_the_guide_show(working_directory):
         assert result.exit_code == 0 or limit, (words, result.output, result.exception)
         run.append(words[1])
     assert run == ["transfer", "profile", "mask", "act.yml", "evaluate", "finetune", "report", "card"]
+
+
+def test_the_notebook_runs(working_directory):
+    """Its cells, with tiny models and data; a budget that tiny models fit anyway."""
+    notebook = json.loads((ROOT / "notebooks/transfer.ipynb").read_text(encoding="utf-8"))
+    (working_directory / "openai/gsm8k").mkdir(parents=True)
+    rows = (working_directory / "math.jsonl").read_text().splitlines(keepends=True)
+    for split, some in (("train", rows[:9]), ("test", rows[9:])):
+        (working_directory / f"openai/gsm8k/{split}.jsonl").write_text("".join(some))
+    names: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and not source.startswith("%pip"):
+            for there, here in (
+                ("samples: 300", "samples: 6"),
+                ("samples: 100", "samples: 6"),
+                ("10_000_000_000", "1_000_000_000"),
+            ):
+                source = source.replace(there, here)
+            source = re.sub(r"    name: main\n|, max_new_tokens: 256", "", source).replace(
+                '"batch_tokens": 2048', '"batch_tokens": 2048, "keep_within": 0.9, "dtype": "float32"'
+            )
+            exec(compile(source, "cell", "exec"), names)
+    assert (working_directory / "science/merged/model.safetensors").exists()
+    assert names["done"].judgement.startswith("It recovers ")

@@ -160,6 +160,9 @@ def test_what_cannot_be_done_is_told_first(abilities, tmp_path, monkeypatch):
 
     abilities(samples=9)
     assert 'ability "even" has 1 held-out rows; some choose density and weight and others measure, so 2' in told()
+    (tmp_path / "twice.jsonl").write_text('{"q": "1+1", "a": "2"}\n' * 10)
+    abilities(dataset="twice.jsonl", where={})
+    assert "held-out samples are among the profiled ones" in told()
     abilities(role="keep")
     assert 'no ability has "role: recover"' in told()
     content = abilities()

@@ -14,11 +14,13 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-from mergekit_act.abilities import AbilitiesFile
+from mergekit_act.abilities import AbilitiesFile, Tokenizers
 from mergekit_act.channels import channel_layout
 from mergekit_act.checkpoints import parse_reference, read_config
 from mergekit_act.devices import default_dtype, usable_device
+from mergekit_act.evaluation import collect_held_out
 from mergekit_act.files import write_atomically
+from mergekit_act.logs import muted
 from mergekit_act.sweeping import Grid
 from mergekit_act.transferring.needs import estimate_needs, estimate_seconds
 from mergekit_act.transferring.parts import split_held_out
@@ -99,7 +101,12 @@ class TransferPlan:
             raise ValueError(f"{self.path}: target and ability_model are the same model")
         if self.settings.finetune and find_spec("trl") is None:
             raise ValueError('fine-tuning needs TRL: pip install "mergekit-act[finetune]"')
-        self._parts = split_held_out(self.file, read_yaml(self.path, "abilities file"))
+        parts = split_held_out(self.file, read_yaml(self.path, "abilities file"))
+        tokenizers = Tokenizers(self.target, self.ability_model, self.settings.trust_remote_code)
+        with muted("mergekit_act"):  # the steps tell what there is to tell
+            for one in (one for part in parts for one in collect_held_out(AbilitiesFile(**part), tokenizers)):
+                one.check(generate=True)
+        self._parts = parts
         s = self.settings
         self.needs = estimate_needs(
             self.file, finetune=s.finetune, lora_merge_cache=s.lora_merge_cache, trust=s.trust_remote_code
@@ -173,7 +180,7 @@ class TransferPlan:
         profiles = tuple(self.profiles.values())
 
         excluded = tuple(word for module in self._vocabulary() for word in ("--exclude", module))
-        memory = ("--memory-budget", s.memory_budget) if s.memory_budget else ()
+        memory = ("--memory-budget", f"{s.memory_budget / 1e9:.12g}GB") if s.memory_budget else ()
         words = ("profile", self.path, out / "profiles", "--criterion", s.criterion, *excluded)
         words += (*device, *dtype, *batch, *memory, *trust)
         yield _ours("profile", words, (*data, *models), profiles, again="ends", content=self._profiled())
