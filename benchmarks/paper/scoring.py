@@ -123,28 +123,43 @@ class Scorer:
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """What is kept under a key, or else made now and kept."""
-        if key not in self._known:
-            self._known[key] = make()
-            with self._store.open("a") as lines:
-                lines.write(json.dumps({"key": key, "value": self._known[key]}) + "\n")
-        return self._known[key]
+        return self._known[key] if key in self._known else self._keep(key, make())
 
-    def score(self, part: str, key: str, load: Callable[[], AbstractContextManager[Any]]) -> Scores:
+    def score(
+        self,
+        part: str,
+        key: str,
+        load: Callable[[], AbstractContextManager[Any]],
+        enough: Callable[[Scores], bool] | None = None,
+    ) -> Scores:
         """A model's scores.
 
         Args:
             part: ``validation`` or ``test``.
             key: what the model is, for the file.
             load: gives a causal LM; not called if the scores are known.
+            enough: told the scores of what is kept, whether the others are wanted.
         """
-        return Scores(self.once(f"{part} {key}", lambda: self._measured(part, load)))
+        name = f"{part} {key}"
+        known = self._known.get(name)
+        if known is None or (enough is None and "recover" not in known):
+            with load() as model:
+                known = self._keep(name, self._measured(part, model, enough))
+        return Scores(known)
 
-    def _measured(self, part: str, load: Callable[[], AbstractContextManager[Any]]) -> Any:
-        with load() as model:
-            return {
-                role: {ability: list(_answers(model, some)) for ability, some in own.items()}
-                for role, own in self._samples[part].items()
-            }
+    def _measured(self, part: str, model: Any, enough: Callable[[Scores], bool] | None) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for role in sorted(self._samples[part]):  # what is kept first
+            found[role] = {ability: list(_answers(model, some)) for ability, some in self._samples[part][role].items()}
+            if role == "keep" and enough is not None and not enough(Scores(found)):
+                break
+        return found
+
+    def _keep(self, key: str, value: Any) -> Any:
+        self._known[key] = value
+        with self._store.open("a") as lines:
+            lines.write(json.dumps({"key": key, "value": value}) + "\n")
+        return value
 
     @cached_property
     def _samples(self) -> dict[str, dict[str, dict[str, list[Sample]]]]:

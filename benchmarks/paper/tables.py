@@ -130,7 +130,8 @@ def _tried(
     """Of each share the points from the largest weight on, until the kept abilities keep enough."""
     for some in points(rule):
         for point in some:
-            scores = scorer.score("validation", point.key, partial(merges.merged, point))
+            wanted = None if every else enough
+            scores = scorer.score("validation", point.key, partial(merges.merged, point), wanted)
             yield point, scores
             if enough(scores) and not every:
                 break
