@@ -31,6 +31,9 @@ from mergekit_act.yaml_files import read_yaml
 __all__ = ["TransferPlan", "TransferSettings"]
 
 
+_DENSITIES = (0.01, 0.05, 0.2, 0.5)
+
+
 @dataclass(frozen=True)
 class TransferSettings:
     """How an ability is transferred.
@@ -85,6 +88,10 @@ class TransferPlan:
         self.path, self.file, self.out, self.settings = path, file, out, settings
         self.target, self.ability_model = map(_unmistakable, (file.target, file.ability_model))
         self.swept = settings.density is None
+        # Fitting rows spares what is kept where many move; whether that is better here, the sweep finds out.
+        kept = any(one.role == "keep" for one in file.abilities.values())
+        self.fitted = self.swept and kept and settings.criterion == "attribution"
+        self.inputs = out / "profiles" / "fit" / "inputs.safetensors"
         self.profiles = {name: out / "profiles" / f"{name}.safetensors" for name in file.abilities}
         self.recovered = [self.profiles[name] for name, one in file.abilities.items() if one.role == "recover"]
         self.config = out / "sweep" / "best.yml" if self.swept else out / "merge.yml"
@@ -126,7 +133,7 @@ class TransferPlan:
         seconds = estimate_seconds(
             self.needs,
             (self.file, choose, measure),
-            points=len(Grid().points(1)) if self.swept else 0,
+            points=len(Grid(densities=_DENSITIES).points(1)) * (2 if self.fitted else 1) if self.swept else 0,
             criterion=s.criterion,
             device=s.device,
             dtype=s.dtype,
@@ -181,19 +188,23 @@ class TransferPlan:
 
         excluded = tuple(word for module in self._vocabulary() for word in ("--exclude", module))
         memory = ("--memory-budget", f"{s.memory_budget / 1e9:.12g}GB") if s.memory_budget else ()
-        words = ("profile", self.path, out / "profiles", "--criterion", s.criterion, *excluded)
+        inputs = ("--inputs",) if self.fitted else ()
+        words = ("profile", self.path, out / "profiles", "--criterion", s.criterion, *inputs, *excluded)
         words += (*device, *dtype, *batch, *memory, *trust)
-        yield _ours("profile", words, (*data, *models), profiles, again="ends", content=self._profiled())
+        made = (*profiles, self.inputs) if self.fitted else profiles
+        yield _ours("profile", words, (*data, *models), made, again="ends", content=self._profiled())
         if self.swept:
             words = ("sweep", out / "merge.yml", out / "choose.yml", out / "sweep", "--keep-within", s.keep_within)
-            reads: tuple[Any, ...] = (out / "merge.yml", out / "choose.yml", *profiles, *data, *models)
+            words += tuple(word for density in _DENSITIES for word in ("--density", density))
+            words += ("--fit", self.inputs) if self.fitted else ()
+            reads: tuple[Any, ...] = (out / "merge.yml", out / "choose.yml", *made, *data, *models)
             words += (*device, *batch, *trust)
             yield _ours("sweep", words, reads, (out / "sweep" / "sweep.csv",), again="resumes")
         else:
             words = ("mask", *self.recovered, "-o", out / "mask.safetensors", "--density", s.density)
             yield _ours("mask", words, profiles, (out / "mask.safetensors",))
         merge = ("mergekit-yaml", str(self.config), str(self.merged), *trust)
-        reads = (self.config, *self.recovered, out / "mask.safetensors", *models)
+        reads = (self.config, *made, out / "mask.safetensors", *models)
         yield Step("merge", merge, reads, (self.merged / "config.json",))
         if s.finetune:
             words = ("finetune", self.merged, self.path, self.tuned, *device[:2], *dtype, *trust)
