@@ -13,7 +13,7 @@ import click
 
 from mergekit_act.cli import options
 from mergekit_act.cli.framework import command, common, echo, packed
-from mergekit_act.criteria import CRITERIA
+from mergekit_act.criteria import CRITERIA, WITHOUT_DATA
 
 if TYPE_CHECKING:
     from mergekit_act.transferring import TransferSettings
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--answer", metavar="COLUMN", help="Likewise.")
 @click.option(
     "--criterion",
-    type=click.Choice(CRITERIA),
+    type=click.Choice([name for name in CRITERIA if name not in WITHOUT_DATA]),
     default="attribution",
     show_default=True,
     help="By which channels are scored; see mergekit-act profile --help.",

@@ -207,7 +207,7 @@ class TransferPlan:
         reads = (self.config, *made, out / "mask.safetensors", *models)
         yield Step("merge", merge, reads, (self.merged / "config.json",))
         if s.finetune:
-            words = ("finetune", self.merged, self.path, self.tuned, *device[:2], *dtype, *trust)
+            words = ("finetune", self.merged, self.path, self.tuned, *device, *dtype, *trust)
             reads, tuned = (self.merged, *data), (self.tuned / "config.json",)
             yield _ours("finetune", words, reads, tuned, again="ends", content=self._profiled())
         found, results = out / "evaluation.json", (self.merged, *((self.tuned,) if s.finetune else ()))
