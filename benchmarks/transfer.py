@@ -2,8 +2,8 @@
 
     mergekit-act demo DEMO && python benchmarks/transfer.py DEMO [--kills 10] [--rounds 3] [--seed 0]
 
-Both run on the demo's models and abilities, alternating. Killed is one process with all that it has begun; the same command
-is given again, and what it leaves must be the bytes of an uninterrupted run (times, and what Python remembers, aside).
+Both run on the demo's models and abilities, alternating. Killed is one process with all that it has begun; the same
+command is given again, and what it leaves must be the bytes of an uninterrupted run (times aside).
 """
 
 from __future__ import annotations
