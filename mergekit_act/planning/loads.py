@@ -47,8 +47,9 @@ def load_less(task: Any, selections: Collection[ModelReference], headers: Sequen
         headers: of all models' tensors, to see which dtype they are promoted to.
     """
     gather = task.gather_tensors
-    if isinstance(gather, PermutedVocabulary):  # it looks at all models' rows
-        on_cpu = gather.gather_tensors.model_copy(update={"device": None})
+    inner = getattr(gather, "gather_tensors", None)
+    if inner is not None:  # vocabularies that are aligned or cut: all models' rows are looked at
+        on_cpu = inner.model_copy(update={"device": None})
         gather = gather.model_copy(update={"gather_tensors": on_cpu})
         return MergeTensor(merge=task.model_copy(update={"gather_tensors": gather}))
     if not isinstance(gather, GatherTensors):  # of mergekit-pytorch
