@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import queue
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,35 @@ def test_same_bytes_with_all_flags(config_of, tmp_path, kind):
         assert all(torch.equal(result[n].view(torch.uint8), t.view(torch.uint8)) for n, t in expected.items()), name
         if "shard" in name:
             assert len(list((tmp_path / name).glob("*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("forgotten", ["saves", "merges and saves"])
+def test_several_devices_with_results_forgotten(config_of, tmp_path, monkeypatch, forgotten):
+    """mergekit's executor does not wait for results that are still in its queue when the last worker is done."""
+    config, executors = config_of("act"), []
+
+    class Executor(multigpu_executor.MultiGPUExecutor):
+        def _device_worker(self, *arguments, **settings):
+            executors.append(self)
+            super()._device_worker(*arguments, **settings)
+
+    class Queue(queue.Queue):
+        def put(self, item):
+            is_save = "Save" in type(executors[0].universe.tasks[item[0]]).__name__
+            if not is_save and forgotten == "saves":
+                super().put(item)
+
+    monkeypatch.setattr("mergekit.merge.MultiGPUExecutor", Executor)
+    monkeypatch.setattr(multigpu_executor, "queue", SimpleNamespace(Queue=Queue, Empty=queue.Empty))
+    options = ["--random-seed", "0", "--out-shard-size", "40K"]
+    expected, result = merged(config, tmp_path / "cpu", *options), merged(config, tmp_path / "x", *options, "--multi-gpu")
+    assert executors
+    assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
+    sizes = [
+        json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+        for folder in ("cpu", "x")
+    ]
+    assert sizes[0] == sizes[1]
 
 
 def test_mergekit_moves_what_is_not_ours(pair_of, tmp_path):

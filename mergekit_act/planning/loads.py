@@ -165,8 +165,15 @@ def take_held(tasks: Sequence[Any]) -> list[Any]:
 
 
 class _SaveHeld(SaveTensor):  # type: ignore[misc]
-    def execute(self, writer: Any, tensor: Held) -> None:
-        super().execute(writer, tensor.tensor)
+    def execute(self, writer: Any, tensor: Held | None) -> None:
+        """Save once: mergekit's executor for several devices may forget what has run last, and runs that again.
+
+        Args:
+            writer: of the output's files.
+            tensor: None if only the merge is remembered to have run.
+        """
+        if self.tensor_name not in writer.weight_map and self.tensor_name not in writer.current_shard:
+            super().execute(writer, None if tensor is None else tensor.tensor)
 
 
 class _ReturnHeld(ReturnTensor):  # type: ignore[misc]
