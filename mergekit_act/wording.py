@@ -57,12 +57,13 @@ def shorten(text: object, length: int = LONGEST) -> str:
 
 
 def one_line(error: object, longest: int | None = None) -> str:
-    r"""What an error says, on one line; its kind if it says nothing.
+    r"""What an error says, on one line of at most so many characters; its kind if it says nothing.
 
-    >>> one_line(ValueError("two\n  lines")), one_line(ValueError())
-    ('two lines', 'ValueError')
+    >>> one_line(ValueError("two\n  lines")), one_line(ValueError()), one_line("too long", 5)
+    ('two lines', 'ValueError', 'too …')
     """
-    return (" ".join(str(error).split()) or type(error).__name__)[:longest]
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if longest is None or len(text) <= longest else f"{text[: longest - 2].rstrip()} …"
 
 
 def enumerate_some(items: Iterable[object], separator: str = ", ", *, most: int = 10) -> str:

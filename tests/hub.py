@@ -43,6 +43,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if parts == ["api", "repos", "create"]:
             asked = json.loads(body)
+            if asked["organization"] == "others":
+                self._send(403, b"", {"X-Error-Message": "You don't have the rights to create a model under others"})
+                return
             self._json({"url": f"http://{self.headers['Host']}/{asked['organization']}/{asked['name']}"})
         elif parts == ["api", "validate-yaml"]:
             self._json({"errors": [], "warnings": _card_warnings(json.loads(body)["content"])})
@@ -101,6 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.log.append(self.path)
         if parts[:2] == ["api", "models"]:
             self._api(parts[2:])
+        elif not self.root.joinpath(*parts[:2]).is_dir():
+            self._send(401, b"", {"X-Error-Code": "RepoNotFound"})  # private ones too, as the Hub does
         elif len(parts) > 4 and parts[2] == "resolve" and parts[3] in ("main", "v1", COMMIT):
             self._file(self.root.joinpath(*parts[:2], *parts[4:]), body)
         else:

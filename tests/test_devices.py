@@ -72,9 +72,9 @@ def config_of(pair_of, tmp_path):
             config = setting(target, ability)
             config["models"][0]["model"] = f"{target}+{tmp_path / 'adapter'}"
             return config
-        if kind == "tokenizer":
+        if kind in ("tokenizer", "cut"):
             short = make_model(tiny_config("qwen2", vocab_size=120), tmp_path / "short", seed=5)
-            return setting(target, short, tokenizer={"source": "base"})
+            return setting(target, short, tokenizer={"source": "base"} if kind == "tokenizer" else None)
         method = "act_ties" if kind == "act_ties" else "act"
         return setting(target, ability, method=method, dtype="bfloat16" if kind == "dtype" else None)
 
@@ -82,11 +82,13 @@ def config_of(pair_of, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["act", "act_ties", "act_dare_linear", "tied", "several models", "experts", "adapter", "tokenizer", "dtype"]
+    "kind",
+    ["act", "act_ties", "act_dare_linear", "tied", "several models", "experts", "adapter", "tokenizer", "cut", "dtype"],
 )
 def test_same_bytes_with_all_flags(config_of, tmp_path, kind):
     config = config_of(kind)
     options = ["--random-seed", "0", "--lora-merge-cache", str(tmp_path / "cache")]
+    options += ["--unsafe-truncate-embeddings"] if kind == "cut" else []
     expected = merged(config, tmp_path / "cpu", *options)
     for name, flags in FLAGS.items():
         if kind == "act_dare_linear" and "several" in name:

@@ -124,12 +124,13 @@ def test_killed_and_given_again(abilities, tmp_path):
     command = [sys.executable, "-m", "mergekit_act", "transfer", "abilities.yml"]
     options = ["--keep-within", "0.9"]
     subprocess.run([*command, "whole", *options], check=True, capture_output=True)
-    waits = [4.0, 5.5, 7.0]
-    for wait in waits:
+    begun = tmp_path / "out" / "transfer.json"
+    for step in ("profile", "sweep", "merge", "evaluate"):
         process = subprocess.Popen([*command, "out", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(wait)
+        while process.poll() is None and not (begun.exists() and f'"{step}"' in begun.read_text()):
+            time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     done = subprocess.run([*command, "out", *options], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     whole, killed = files(tmp_path / "whole"), files(tmp_path / "out")
@@ -206,6 +207,19 @@ def test_without_a_file(pair_of, sums_file, tmp_path, monkeypatch):
         assert "give ABILITIES.yml and OUT; or OUT alone, and --target, --ability-model" in result.output
 
 
+def test_models_that_cannot_be_reached(abilities, tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "abilities.yml").write_text(yaml.safe_dump(abilities() | {"ability_model": "me/private"}))
+    command = [sys.executable, "-m", "mergekit_act", "transfer", "abilities.yml", "out"]
+    done, asked = run_there(tmp_path, *command)
+    assert done.returncode == 1
+    assert "Error: me/private has no config that can be loaded: " in done.stderr
+    assert any("/me/private/" in path for path in asked)
+    done, _ = run_there(tmp_path, *command, HF_HUB_OFFLINE="1")  # as without a network
+    assert "Error: me/private has no config that can be loaded: We couldn't connect to" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_push_to_the_hub(abilities, tmp_path):
     (tmp_path / "hub").mkdir()
     command = [sys.executable, "-m", "mergekit_act", "transfer", "abilities.yml", "out", "--push-to-hub", "me/sums"]
@@ -220,6 +234,10 @@ def test_push_to_the_hub(abilities, tmp_path):
     assert done.returncode == 1
     assert "Upload the result to me/sums? [y/N]" in done.stdout
     assert asked == []
+    done, _ = run_there(tmp_path, *command[:6], "--push-to-hub", "others/sums", "--yes", HF_TOKEN="hf_x")
+    assert done.returncode == 1
+    assert "Error: others/sums cannot be written to: " in done.stderr
+    assert "403" in done.stderr
 
 
 def test_judgement_by_hand():

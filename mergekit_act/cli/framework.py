@@ -129,6 +129,7 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
         level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Lines("%(levelname)s: %(message)s"))
+        handler.addFilter(lambda record: not record.name.startswith("huggingface_hub"))  # has a handler of its own
         logging.basicConfig(level=level, handlers=[handler])
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):

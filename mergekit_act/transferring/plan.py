@@ -108,6 +108,8 @@ class TransferPlan:
             raise ValueError(f"{self.path}: target and ability_model are the same model")
         if self.settings.finetune and find_spec("trl") is None:
             raise ValueError('fine-tuning needs TRL: pip install "mergekit-act[finetune]"')
+        for model in (self.target, self.ability_model):
+            read_config(model, trust_remote_code=self.settings.trust_remote_code)
         parts = split_held_out(self.file, read_yaml(self.path, "abilities file"))
         tokenizers = Tokenizers(self.target, self.ability_model, self.settings.trust_remote_code)
         with muted("mergekit_act"):  # the steps tell what there is to tell
