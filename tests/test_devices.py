@@ -119,7 +119,10 @@ def test_several_devices_with_results_forgotten(config_of, tmp_path, monkeypatch
     monkeypatch.setattr("mergekit.merge.MultiGPUExecutor", Executor)
     monkeypatch.setattr(multigpu_executor, "queue", SimpleNamespace(Queue=Queue, Empty=queue.Empty))
     options = ["--random-seed", "0", "--out-shard-size", "40K"]
-    expected, result = merged(config, tmp_path / "cpu", *options), merged(config, tmp_path / "x", *options, "--multi-gpu")
+    expected, result = (
+        merged(config, tmp_path / "cpu", *options),
+        merged(config, tmp_path / "x", *options, "--multi-gpu"),
+    )
     assert executors
     assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
     sizes = [

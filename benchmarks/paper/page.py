@@ -57,7 +57,7 @@ def section(
         f"### What is recovered, and what is kept (the paper's table 3)\n\n{_CHOSEN}\n\n{_overview(setting, tables)}",
         _EACH,
         *(f"`{name}`, {_counted(table.target.scores)}:\n\n{show.table3(table)}" for name, table in tables.items()),
-        f"### At equal shares of the parameters\n\n{_SHARES}\n\n{_by_share(tables)}",
+        f"### At equal shares of the parameters\n\n{_SHARES}\n\n{_by_share(setting, tables)}",
         f"### Density and weight (figure 5)\n\n{_FIGURE.format(first=first)}\n\n![]({images}-grid.png)",
         f"### Controls\n\n{_CONTROLS.format(first=first)}\n\n{show.controls(controls, tables[first])}",
         f"### Specialists merged into their base (table 4)\n\n{_MERGED}\n\n{_table4(merged)}" if merged else "",
@@ -78,13 +78,14 @@ weight, with a star where it lies at the edge of what was tried; *lost*, nats by
 abilities became less likely; *right*, the share of whole answers that came back; *others*, nats of abilities that are
 neither recovered nor kept. Behind the arrow: after fine-tuning."""
 _SHARES = """Nats of what is to be recovered, on test samples, mean over the runs (smallest and largest); for each share
-the weight is chosen as above."""
+the weight is chosen as above, and where none keeps enough it is the target's nats."""
 _FIGURE = """`{first}`, on validation samples. Above by share with weight 0.5 (for TIES and DARE it is the density;
 task arithmetic has but one), below by weight with the smallest share."""
-_CONTROLS = """Of `{first}`. *Equal channels*: the union of the abilities' masks has that share of the channels. The
-last two rows are the paper's own settings: a density for each ability, and a weight that is not chosen."""
-_MERGED = """Here nothing is to be kept: of two shares and all weights the point with the least validation nats, mean
-over the specialists' abilities."""
+_CONTROLS = """Of `{first}`. *Equal channels*: the union of the abilities' masks has that share of the channels. Random
+rows, changes of weights, local and attribution leave the head and the embedding out, the other rows only where they say
+so. The last two rows are the paper's own settings: a density for each ability, and a weight that is not chosen."""
+_MERGED = """Here nothing is to be kept: of two shares (of TIES, DARE and DELLA one density) and all weights the point
+with the least validation nats, mean over the specialists' abilities."""
 _BARS = "The paper gives no bars for its findings; those named here are ours."
 
 
@@ -118,12 +119,10 @@ def _named(row: Row) -> str:
 
 def _overview(setting: Setting, tables: Mapping[str, Table]) -> str:
     """Means over the experiments of a family, and their range."""
-    families: dict[str, list[Table]] = {}
-    for experiment in setting.experiments:
-        families.setdefault(experiment.family, []).append(tables[experiment.name])
+    families = _families(setting, tables)
     header = [""]
     for family, runs in families.items():
-        header += [f"{family} ({len(runs)} run{'s' * (len(runs) > 1)}): kept"] if setting.short else []
+        header += [f"{family} ({_runs(runs)}): kept"] if setting.short else []
         with_tuned = sum(table.target.tuned is not None for table in runs)
         header += ["nats" if setting.short else f"{family}: nats"]
         header += (
@@ -187,15 +186,29 @@ def _then(row: Row, show: Any, value: Any) -> str:
     return f"{before} → {value(row.tuned):.2f}" if row.tuned is not None and before else before
 
 
-def _by_share(tables: Mapping[str, Table]) -> str:
-    found: dict[str, dict[float, list[float]]] = {}
-    for table in tables.values():
-        for row in table.rules:
-            if row.share is not None:
-                found.setdefault(row.name, {}).setdefault(row.share, []).append(row.scores.nats("recover"))
-    shares = sorted({share for own in found.values() for share in own})
-    lines = [[name, *(spread(own[share]) for share in shares)] for name, own in found.items()]
-    return markdown(["", *(f"{share:.0%}" for share in shares)], lines)
+def _by_share(setting: Setting, tables: Mapping[str, Table]) -> str:
+    """A table for each family of experiments."""
+    parts = []
+    for family, runs in _families(setting, tables).items():
+        found: dict[str, dict[float, list[float]]] = {}
+        for row in (row for table in runs for row in table.rules if row.share is not None):
+            found.setdefault(row.name, {}).setdefault(row.share, []).append(row.scores.nats("recover"))
+        shares = sorted({share for own in found.values() for share in own})
+        lines = [[name, *(spread(own[share]) for share in shares)] for name, own in found.items()]
+        parts.append(markdown([f"{family} ({_runs(runs)})", *(f"{share:.0%}" for share in shares)], lines))
+    return "\n\n".join(parts)
+
+
+def _families(setting: Setting, tables: Mapping[str, Table]) -> dict[str, list[Table]]:
+    """Experiments that differ in their training's seed only are one family."""
+    families: dict[str, list[Table]] = {}
+    for experiment in setting.experiments:
+        families.setdefault(experiment.family, []).append(tables[experiment.name])
+    return families
+
+
+def _runs(tables: Sequence[Table]) -> str:
+    return f"{len(tables)} run{'s' * (len(tables) > 1)}"
 
 
 def _table4(table: Table) -> str:

@@ -2,8 +2,8 @@
 
 Skills are arithmetic (two-digit sums and differences), German (names of languages, countries, regions and currencies,
 from the translations that pycountry carries) and codes (three letters for each language, ISO 639-3). What they forget
-is what the general model knows of the world: capitals, and the countries of cities, as far as it answers these right,
-in its own words. Rows for training, profiling, validation and test are different rows.
+is what the general model says of the world: of capitals, and of the countries of cities, in its own words, where the
+right name is among them. Rows for training, profiling, validation and test are different rows.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ HELD_OUT = {"facts": 200, "sentences": 60} | dict.fromkeys(SKILLS, 200)
 TRAINED_FROM = PROFILED + 200  # rows before these are for profiling, validation and test
 ABOUT = f"""SmolLM2-135M-Instruct (float32, from PyPI) is the ability model. Targets are copies of it, trained in
 {UPDATES} updates of {BATCH} rows on one skill: two-digit arithmetic, or German names of languages, countries, regions
-and currencies. To be recovered are facts (capitals, countries of cities) that the ability model answers right, as the
-sentences in which it does, of which the name that was asked for is a token or two; to be kept is the skill; the others
-are its sentences about countries. The specialists of table 4 are three such copies (arithmetic, German, three-letter
-codes of languages), merged into SmolLM2."""
+and currencies. To be recovered are *facts*: what the ability model says, in its own words, when it is asked for
+capitals and for the countries of cities, where the name that is right is among them; the sentences around it are not
+always true. An answer has 16 tokens in the mean, the name one or two of them, and counts as right if all are said again.
+To be kept is the skill; the others are the ability model's sentences about countries. The specialists of table 4 are
+three such copies (arithmetic, German, three-letter codes of languages), merged into SmolLM2."""
 RECIPE = Recipe(micro_batch=BATCH, gradient_checkpointing=False, dtype="float32")
 
 
