@@ -18,8 +18,9 @@ from mergekit.architecture.auto import infer_vocabulary_axes
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
-from mergekit.io.tasks import FinalizeModel, GatherTensors, LoaderCache, LoadTensor, ReturnTensor, SaveTensor
+from mergekit.io.tasks import FinalizeModel, GatherTensors, LoaderCache, LoadTensor, SaveTensor
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
+from mergekit.tokenizer.truncate import TruncatedVocabulary
 
 from mergekit_act.merging import refuse_to_run
 
@@ -31,8 +32,8 @@ __all__ = [
     "LoadTensor",
     "LoaderCache",
     "PermutedVocabulary",
-    "ReturnTensor",
     "SaveTensor",
+    "TruncatedVocabulary",
     "can_convert_checkpoint_keys",
     "infer_vocabulary_axes",
     "names_from_loaders",
@@ -122,7 +123,6 @@ REQUIRED: Mapping[str, tuple[Name, ...]] = {
             "MergePlanner._tensors",
             "MergePlanner._plan(self)",
             "MergePlanner.plan_to_disk(self, out_path)",
-            "MergePlanner.plan_in_memory(self)",
             "MergePlanner.plan_tensor(self, weight, weights_in, models, cfg_reader)",
         ),
         # Tasks: read, and copied with other fields.
@@ -136,6 +136,7 @@ REQUIRED: Mapping[str, tuple[Name, ...]] = {
             "ExecuteMergeMethodTask.parameters",
             "ExecuteMergeMethodTask.input_parameters",
             "ExecuteMergeMethodTask.dtype",
+            "ExecuteMergeMethodTask.execute(self, tensors)",
         ),
         *_names(
             "mergekit.io.tasks",
@@ -146,7 +147,7 @@ REQUIRED: Mapping[str, tuple[Name, ...]] = {
             "LoadTensor.device",
             "LoadTensor._resolve_name(self, loader)",
             "SaveTensor.tensor_task",
-            "ReturnTensor.tensor_task",
+            "SaveTensor.execute(self, writer, tensor)",
             "FinalizeModel.tensor_save_tasks",
         ),
         *_names(
@@ -155,6 +156,7 @@ REQUIRED: Mapping[str, tuple[Name, ...]] = {
             "PermutedVocabulary.gather_tensors",
             "PermutedVocabulary.tokenizer_task",
         ),
+        *_names("mergekit.tokenizer.truncate", "TruncatedVocabulary.gather_tensors"),
         # Models: opened by mergekit's cache, or stood in for by their headers.
         *_names(
             "mergekit.io.tasks",

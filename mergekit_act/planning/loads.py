@@ -29,8 +29,8 @@ from mergekit_act.planning.internals import (
     LoaderCache,
     LoadTensor,
     PermutedVocabulary,
-    ReturnTensor,
     SaveTensor,
+    TruncatedVocabulary,
     stored_name,
 )
 from mergekit_act.planning.models import CONVERTED
@@ -47,9 +47,8 @@ def load_less(task: Any, selections: Collection[ModelReference], headers: Sequen
         headers: of all models' tensors, to see which dtype they are promoted to.
     """
     gather = task.gather_tensors
-    inner = getattr(gather, "gather_tensors", None)
-    if inner is not None:  # vocabularies that are aligned or cut: all models' rows are looked at
-        on_cpu = inner.model_copy(update={"device": None})
+    if isinstance(gather, (PermutedVocabulary, TruncatedVocabulary)):  # all models' rows are looked at
+        on_cpu = gather.gather_tensors.model_copy(update={"device": None})
         gather = gather.model_copy(update={"gather_tensors": on_cpu})
         return MergeTensor(merge=task.model_copy(update={"gather_tensors": gather}))
     if not isinstance(gather, GatherTensors):  # of mergekit-pytorch
@@ -86,8 +85,21 @@ class Held:
     tensor: Tensor | None
 
 
+class _OnWorkers(Task[None]):  # type: ignore[misc]
+    """Nothing: for mergekit's executor for several devices, which runs what its workers need before they begin."""
+
+    def arguments(self) -> dict[str, Any]:
+        return {}
+
+    def execute(self) -> None:
+        pass
+
+
 class MergeTensor(Task[Held]):  # type: ignore[misc]
     """One tensor's merge with all that it loads.
+
+    With several devices it runs behind mergekit's workers, tensor by tensor as with one: files, and random numbers, are
+    the same, and nothing depends on results that these may lose.
 
     Attributes:
         merge: mergekit's task that executes a merge method.
@@ -104,17 +116,21 @@ class MergeTensor(Task[Held]):  # type: ignore[misc]
     def arguments(self) -> dict[str, Any]:
         """What is not of this tensor alone: the tokenizer that a vocabulary is aligned to."""
         gather = self.merge.gather_tensors
-        return {"tokenizer": gather.tokenizer_task} if isinstance(gather, PermutedVocabulary) else {}
+        tokenizer = {"tokenizer": gather.tokenizer_task} if isinstance(gather, PermutedVocabulary) else {}
+        return {"begun": _OnWorkers(), **tokenizer}
+
+    def main_thread_only(self) -> bool:
+        """As all that comes after."""
+        return True
 
     def group_label(self) -> str | None:
         """So that tensors are merged in the order in which mergekit would."""
         label: str | None = self.merge.group_label()
         return label
 
-    def execute(self, tokenizer: Any = None) -> Held:
+    def execute(self, begun: None = None, tokenizer: Any = None) -> Held:
         """Load and merge."""
-        with torch.device("cpu"):  # mergekit's workers for several GPUs make each their own the default
-            return Held(self.merge.execute(tensors=self.gather(tokenizer)))
+        return Held(self.merge.execute(tensors=self.gather(tokenizer)))
 
     def gather(self, tokenizer: Any = None) -> dict[ModelReference, Tensor]:
         """Load what the merge is given."""
@@ -142,21 +158,25 @@ class CopyOf(Task[Held]):  # type: ignore[misc]
         """So that it runs next to the other."""
         return self.source.group_label()
 
+    def main_thread_only(self) -> bool:
+        """As its source."""
+        return True
+
     def execute(self, held: Held) -> Held:
         """Copy: tensors in one file must not share memory."""
         return Held(None if held.tensor is None else held.tensor.clone())
 
 
 def take_held(tasks: Sequence[Any]) -> list[Any]:
-    """mergekit's tasks behind the merges, such that they take what is held; the others as they are.
+    """mergekit's tasks behind the merges, such that they save what is held; the others as they are.
 
     Args:
-        tasks: that save or return tensors, and what comes after.
+        tasks: that save tensors, and what comes after.
     """
     ours: dict[int, Any] = {id(task): task for task in tasks}
     for task in tasks:
-        if isinstance(task, (SaveTensor, ReturnTensor)):
-            ours[id(task)] = (_SaveHeld if isinstance(task, SaveTensor) else _ReturnHeld)(**dict(task))
+        if isinstance(task, SaveTensor):
+            ours[id(task)] = _SaveHeld(**dict(task))
     for task in tasks:
         if isinstance(task, FinalizeModel):
             saved = tuple(ours[id(save)] for save in task.tensor_save_tasks)
@@ -165,21 +185,11 @@ def take_held(tasks: Sequence[Any]) -> list[Any]:
 
 
 class _SaveHeld(SaveTensor):  # type: ignore[misc]
-    def execute(self, writer: Any, tensor: Held | None) -> None:
-        """Save once: mergekit's executor for several devices may forget what has run last, and runs that again.
+    def main_thread_only(self) -> bool:
+        return True
 
-        Args:
-            writer: of the output's files.
-            tensor: None if only the merge is remembered to have run.
-        """
-        if self.tensor_name not in writer.weight_map and self.tensor_name not in writer.current_shard:
-            super().execute(writer, None if tensor is None else tensor.tensor)
-
-
-class _ReturnHeld(ReturnTensor):  # type: ignore[misc]
-    def execute(self, tensor: Held) -> Tensor | None:
-        returned: Tensor | None = super().execute(tensor.tensor)
-        return returned
+    def execute(self, writer: Any, tensor: Held) -> None:
+        super().execute(writer, tensor.tensor)
 
 
 class _LoadMapped(LoadTensor):  # type: ignore[misc]

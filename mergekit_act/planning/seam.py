@@ -129,7 +129,6 @@ def wrap_planner(check_models: Callable[[Iterable[Checkpoint]], None], check_pla
     if refuse_unless_known("mergekit.plan"):
         wrap("mergekit.plan", "MergePlanner._plan", as_ours)
         wrap("mergekit.plan", "MergePlanner.plan_to_disk", held)
-        wrap("mergekit.plan", "MergePlanner.plan_in_memory", held)
         wrap("mergekit.common", "ModelReference.local_path", _from_the_cache)
 
 
