@@ -39,7 +39,6 @@ def test_toy(tmp_path):
     measured = scores(tmp_path)
     validated = {one["key"] for one in measured if one["key"].startswith("validation")}
     assert len(validated) > 15
-    assert not any("intervals" in one for one in measured if one["key"] in validated)  # of test samples alone
     assert run("toy", tmp_path) == page
     assert scores(tmp_path) == measured
 
@@ -58,12 +57,73 @@ def test_qwen_with_models_and_data_that_stand_in(tmp_path):
     page = run("qwen", tmp_path / "out", QWEN_MODELS=str(models), QWEN_DATA=str(data))
     assert "`math-7B`" in page
     assert "| science |" in page
+    assert "test task arithmetic 1 1 fine-tuned" in {one["key"] for one in scores(tmp_path)}
 
 
 @pytest.fixture
 def kit(monkeypatch):
     """The kit's modules can be imported, as when it runs."""
     monkeypatch.syspath_prepend(str(KIT))
+
+
+def test_nothing_is_chosen_on_test_samples(kit, tmp_path):
+    """All scores are known: by those on validation samples one point is best, by those on test samples another."""
+    import yaml
+    from experiment import Experiment, Setting
+    from rules import Rule
+    from tables import measure
+
+    own = {"dataset": "d.jsonl", "prompt": "q", "answer": "a"}
+    abilities = {"facts": {**own, "role": "recover"}, "sums": {**own, "role": "keep"}}
+    file = tmp_path / "abilities.yml"
+    file.write_text(yaml.safe_dump({"target": "t", "ability_model": "m", "abilities": abilities}))
+    experiment = Experiment("one", "ones", (file,))
+    setting = Setting("hand", "", (experiment,), None, ())
+
+    def scored(recover: float, keep: float) -> dict[str, object]:
+        return {"recover": {"facts": [[recover, 1, 0.0]] * 4}, "keep": {"sums": [[keep, 1, 1.0]] * 4}}
+
+    known = {
+        "validation target": scored(3.0, 0.1),
+        "validation DARE 0.2 1": {"keep": scored(0.0, 0.2)["keep"]},  # loses too much
+        "validation DARE 0.2 0.5": scored(2.0, 0.12),
+        "validation DARE 0.5 1": scored(1.0, 0.1),
+        "test target": scored(3.0, 0.1),
+        "test m": scored(0.1, 3.0),
+        "test DARE 0.2 1": scored(0.2, 0.1),
+        "test DARE 0.2 0.5": scored(0.5, 0.1),
+        "test DARE 0.5 1": scored(2.5, 0.9),
+        "moved DARE 0.2": {"channels": 0.2, "parameters": 0.2},
+        "moved DARE 0.5": {"channels": 0.5, "parameters": 0.5},
+    }
+    (tmp_path / "scores.jsonl").write_text(
+        "".join(json.dumps({"key": key, "value": value}) + "\n" for key, value in known.items())
+    )
+    rule = Rule("DARE", method="dare_linear", shares=(0.2, 0.5), weights=(1.0, 0.5))
+    (row,) = measure(setting, experiment, tmp_path, [rule]).best
+    assert (row.point.share, row.point.weight) == (0.5, 1.0)
+    assert row.scores.nats("recover") == pytest.approx(2.5)
+
+
+def test_answers_with_and_without_what_they_share(kit, pair_of):
+    import torch
+    from scoring import _answers
+    from transformers import AutoModelForCausalLM
+
+    from mergekit_act.abilities import Sample
+
+    model = AutoModelForCausalLM.from_pretrained(pair_of("qwen2")[0], dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    samples = []
+    for length, answer in ((9, 2), (12, 4), (9, 3)):
+        ids = torch.cat([torch.arange(5, 9), torch.randint(10, 90, (length - 4,))])
+        samples.append(Sample(ids, torch.arange(length) >= length - answer))
+    for found, sample in zip(_answers(model, samples), samples, strict=True):
+        with torch.inference_mode():
+            logits = model(sample.input_ids[None]).logits[0, :-1][sample.is_answer[1:]]
+        labels = sample.input_ids[sample.is_answer]
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        assert found == (pytest.approx(float(loss), rel=1e-5), len(labels), float((logits.argmax(-1) == labels).all()))
 
 
 def test_scores_by_hand(kit):
