@@ -91,9 +91,12 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, {function} got one of {list(strangers[0].shape)} on the CPU"
         )
+    made_elsewhere = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
     kwargs = {name: "cpu" if name == "device" else value for name, value in kwargs.items() if name != "pin_memory"}
     inner_args, inner_kwargs = tree_map_only(OnDevice, lambda one: one.own, (args, kwargs))
     result = function(*inner_args, **inner_kwargs)
+    if made_elsewhere:
+        return result
     inputs = {id(one.own): one for one in given if isinstance(one, OnDevice)}
     return tree_map_only(torch.Tensor, lambda one: inputs[id(one)] if id(one) in inputs else OnDevice(one), result)
 

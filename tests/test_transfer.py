@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from merges import state_of
 
 from mergekit_act.cli import main
 from mergekit_act.transferring.judgement import judge, list_results
+from mergekit_act.transferring.steps import Step, Steps
 
 
 @pytest.fixture
@@ -111,6 +113,9 @@ def test_only_what_depends_on_a_change_is_done_again(abilities, tmp_path):
         "card": True,
         "report": False,
     }
+    shutil.rmtree(tmp_path / "out/merged")
+    assert steps(transfer(*fixed).output)["card"]
+    assert (tmp_path / "out/merged/reproduce.json").exists()
     abilities(samples=4)
     assert all(steps(transfer(*fixed).output).values())
     before = state_of(tmp_path / "out/merged")
@@ -137,6 +142,44 @@ def test_killed_and_given_again(abilities, tmp_path):
     assert set(whole) == set(killed)
     for name in ("sweep/best.yml", "merged/model.safetensors", "profiles/even.safetensors", "evaluation.json"):
         assert killed[name].replace(b"out/", b"whole/") == whole[name], name
+
+
+def test_interrupted_and_given_again(abilities, tmp_path):
+    command = [sys.executable, "-m", "mergekit_act", "transfer", "abilities.yml", "out", "--keep-within", "0.9"]
+    begun = tmp_path / "out" / "transfer.json"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "out/sweep/sweep.csv").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate()
+    assert process.returncode == 130
+    assert "the same command goes on from there" in told
+    assert not json.loads(begun.read_text())["sweep"]["done"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "It recovers " in done.stdout
+
+
+def test_what_a_killed_run_meant_to_overwrite_is_overwritten(tmp_path):
+    (tmp_path / "data").mkdir()
+    out = tmp_path / "found.txt"
+
+    def take(run, data="data"):
+        step = Step("mask", ("mergekit-act", "mask"), (tmp_path / data,), (out,), again="resumes")
+        Steps(tmp_path / "transfer.json", run, lambda line: None).take(step)
+
+    def killed(words):
+        given.append(words)
+        raise RuntimeError
+
+    given = []
+    out.write_text("first")
+    take(given.append)
+    (tmp_path / "data" / "train.jsonl").write_text("{}\n")  # in a folder of data
+    for run in (killed, given.append, given.append):
+        with contextlib.suppress(RuntimeError):
+            take(run)
+    assert given == [["mergekit-act", "mask"], *[["mergekit-act", "mask", "--overwrite"]] * 2]  # and then it is done
 
 
 def test_a_dry_run_writes_nothing(abilities, tmp_path):

@@ -122,7 +122,10 @@ def run_words(words: Sequence[str]) -> None:
             raise ValueError(f"{shlex.join(words)} failed; the same command goes on from there")
         return
     try:
-        main.main(args=["merge"] * (program == "mergekit-yaml") + arguments, standalone_mode=False)
+        code = main.main(args=["merge"] * (program == "mergekit-yaml") + arguments, standalone_mode=False)
     except SystemExit as ended:  # mergekit's command ends so when all is well, too
-        if ended.code:
-            raise
+        code = ended.code
+    if code == 130:
+        raise KeyboardInterrupt("Interrupted; the same command goes on from there.")
+    if code:
+        raise SystemExit(code)

@@ -117,7 +117,6 @@ class ActMerge(MergeMethod):  # type: ignore[misc]
             *_MASK_PARAMETERS,
         ),
         contract=InputContract(base=BasePolicy.REQUIRED),
-        # A few percent of the rows are computed: moving whole tensors to an accelerator and back costs more.
         uses_accelerator=False,
     )
 

@@ -180,7 +180,10 @@ class TransferPlan:
     def steps(self) -> Iterator[Step]:
         """In the order in which they are taken."""
         s, out, models = self.settings, self.out, (self.target, self.ability_model)
+        weights = [path for model in models for path in _paths_of(model)]
         data = [one.dataset for one in self.file.abilities.values()]
+        data += [self.file.chat_template] if self.file.chat_template else []
+        held_out = [*data, *filter(None, (one.evaluate.dataset for one in self.file.abilities.values()))]
         trust: tuple[str, ...] = ("--trust-remote-code",) if s.trust_remote_code else ()
         trust += ("--lora-merge-cache", s.lora_merge_cache) if s.lora_merge_cache else ()
         device = ("--device", s.device) if s.device else ()
@@ -194,19 +197,19 @@ class TransferPlan:
         words = ("profile", self.path, out / "profiles", "--criterion", s.criterion, *inputs, *excluded)
         words += (*device, *dtype, *batch, *memory, *trust)
         made = (*profiles, self.inputs) if self.fitted else profiles
-        yield _ours("profile", words, (*data, *models), made, again="ends", content=self._profiled())
+        yield _ours("profile", words, (*data, *weights), made, again="ends", content=self._profiled())
         if self.swept:
             words = ("sweep", out / "merge.yml", out / "choose.yml", out / "sweep", "--keep-within", s.keep_within)
             words += tuple(word for density in _DENSITIES for word in ("--density", density))
             words += ("--fit", self.inputs) if self.fitted else ()
-            reads: tuple[Any, ...] = (out / "merge.yml", out / "choose.yml", *made, *data, *models)
+            reads: tuple[Any, ...] = (out / "merge.yml", out / "choose.yml", *made, *held_out, *weights)
             words += (*device, *batch, *trust)
             yield _ours("sweep", words, reads, (out / "sweep" / "sweep.csv",), again="resumes")
         else:
             words = ("mask", *self.recovered, "-o", out / "mask.safetensors", "--density", s.density)
             yield _ours("mask", words, profiles, (out / "mask.safetensors",))
         merge = ("mergekit-yaml", str(self.config), str(self.merged), *trust)
-        reads = (self.config, *made, out / "mask.safetensors", *models)
+        reads = (self.config, *made, out / "mask.safetensors", *weights)
         yield Step("merge", merge, reads, (self.merged / "config.json",))
         if s.finetune:
             words = ("finetune", self.merged, self.path, self.tuned, *device, *dtype, *trust)
@@ -215,9 +218,10 @@ class TransferPlan:
         found, results = out / "evaluation.json", (self.merged, *((self.tuned,) if s.finetune else ()))
         words = ("evaluate", *models, *results, "--abilities", self.measured, "--json", found)
         words += (*device, *dtype, *batch, *trust)
-        yield _ours("evaluate", words, (self.measured, *data, *models, *results), (found,))
+        yield _ours("evaluate", words, (self.measured, *held_out, *weights, *results), (found,))
         words = ("card", self.merged, "--evaluation", found, *trust)
-        yield _ours("card", words, (self.config, found), (self.merged / "README.md",), again="resumes")
+        made = tuple(self.merged / name for name in ("README.md", "reproduce.json"))
+        yield _ours("card", words, (self.config, found, self.merged), made, again="resumes")
         if find_spec("matplotlib") is not None:
             words = ("report", *profiles, "-o", out / "report")
             yield _ours("report", words, profiles, (out / "report" / "report.html",))
@@ -244,6 +248,12 @@ class TransferPlan:
 def _unmistakable(model: str) -> str:
     """A folder's name that mergekit cannot take for one of the Hub."""
     return f"./{model}" if Path(model).is_dir() and not model.startswith((".", "/")) else model
+
+
+def _paths_of(model: str) -> Iterator[str]:
+    """Of a reference such as ``model+lora``."""
+    parsed = parse_reference(model)
+    yield from (part.path for part in (parsed.model, parsed.lora) if part is not None)
 
 
 def _ours(name: str, words: Sequence[Any], reads: Sequence[Any], writes: Sequence[Path], **more: Any) -> Step:

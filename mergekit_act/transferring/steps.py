@@ -18,7 +18,7 @@ from mergekit_act.versions import installed_versions
 
 __all__ = ["Step", "Steps"]
 
-_OF_A_MODEL = ("*.safetensors", "*.bin", "config.json", "tokenizer*", "chat_template*")
+_OF_A_MODEL = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "tokenizer*", "chat_template*")
 
 Echo = Callable[[str], None]
 Run = Callable[[Sequence[str]], None]
@@ -58,12 +58,13 @@ class Step:
 
 
 def _state(path: Path) -> Any:
-    """What changes when a file or a model does; of weights their dates and sizes."""
+    """What changes when a file, a model or a folder of data does; of weights and data their dates and sizes."""
     if path.is_file():
         return [path.name, file_hash(path) if path.stat().st_size < 1 << 26 else file_state(path)]
     if path.is_dir():
-        files = sorted(file for pattern in _OF_A_MODEL for file in path.glob(pattern))
-        return [[file.name, *file_state(file)] for file in files]
+        is_model = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
+        found = (file for pattern in _OF_A_MODEL for file in path.glob(pattern)) if is_model else path.rglob("*")
+        return [[file.name, *file_state(file)] for file in sorted(found) if file.is_file()]
     return str(path)
 
 
@@ -83,8 +84,8 @@ class Steps:
 
     def is_done(self, step: Step) -> bool:
         """Whether it was run to its end on what it reads now."""
-        known = self._known.get(step.name)
-        return known == {"digest": step.digest(), "done": True} and all(path.exists() for path in step.writes)
+        known = self._known.get(step.name, {"done": False})
+        return known["done"] and known["digest"] == step.digest() and all(path.exists() for path in step.writes)
 
     def take(self, step: Step) -> None:
         """Run a step, unless it is done."""
@@ -92,22 +93,20 @@ class Steps:
             self._echo(f"\n$ {step}\n  done before, from the same files")
             return
         digest, known = step.digest(), self._known.get(step.name)
-        of_others = known is not None and known["digest"] != digest
+        of_others = known is not None and (known["digest"] != digest or known.get("overwrites", False))
         there = all(path.exists() for path in step.writes)
         overwrite = of_others if step.again == "resumes" else of_others or there
         can_overwrite = step.words[0] == "mergekit-act"
-        self._note(step.name, digest, done=False)
+        self._known[step.name] = {"digest": digest, "done": False, "overwrites": overwrite}  # until it is done
+        self._write()
         words = [*map(str, step.words), *(["--overwrite"] if overwrite and can_overwrite else [])]
         self._echo(f"\n$ {shlex.join(words)}")
         self._run(words)
-        self._note(step.name, digest, done=True)
+        self._known[step.name] = {"digest": digest, "done": True}
+        self._write()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def _note(self, name: str, digest: str, *, done: bool) -> None:
-        self._known[name] = {"digest": digest, "done": done}
-        self._write()
 
     def _write(self) -> None:
         write_atomically(self._path, (json.dumps(self._known, indent=2) + "\n").encode(), overwrite=True)
