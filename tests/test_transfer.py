@@ -164,8 +164,8 @@ def test_what_a_killed_run_meant_to_overwrite_is_overwritten(tmp_path):
     (tmp_path / "data").mkdir()
     out = tmp_path / "found.txt"
 
-    def take(run, data="data"):
-        step = Step("mask", ("mergekit-act", "mask"), (tmp_path / data,), (out,), again="resumes")
+    def take(run):
+        step = Step("mask", ("mergekit-act", "mask"), (tmp_path / "data",), (out,), again="resumes")
         Steps(tmp_path / "transfer.json", run, lambda line: None).take(step)
 
     def killed(words):
@@ -250,7 +250,7 @@ def test_without_a_file(pair_of, sums_file, tmp_path, monkeypatch):
         assert "give ABILITIES.yml and OUT; or OUT alone, and --target, --ability-model" in result.output
 
 
-def test_models_that_cannot_be_reached(abilities, tmp_path, monkeypatch):
+def test_models_that_cannot_be_reached(abilities, tmp_path):
     (tmp_path / "hub").mkdir()
     (tmp_path / "abilities.yml").write_text(yaml.safe_dump(abilities() | {"ability_model": "me/private"}))
     command = [sys.executable, "-m", "mergekit_act", "transfer", "abilities.yml", "out"]
