@@ -24,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Serves ``root/<user>/<repo>/<file>`` under the revisions main, v1 and COMMIT."""
+    """Serves ``root/<user>/<repo>/<file>`` under the revisions main, v1 and COMMIT; repositories are private, or "public"."""
 
     def __init__(self, *args, root: Path, log: list[str], **kwargs) -> None:
         self.root, self.log = root, log
@@ -46,7 +46,11 @@ class _Handler(BaseHTTPRequestHandler):
             if asked["organization"] == "others":
                 self._send(403, b"", {"X-Error-Message": "You don't have the rights to create a model under others"})
                 return
-            self._json({"url": f"http://{self.headers['Host']}/{asked['organization']}/{asked['name']}"})
+            folder = self.root.joinpath(asked["organization"], asked["name"])
+            known = folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            url = f"http://{self.headers['Host']}/{asked['organization']}/{asked['name']}"
+            self._send(409 if known else 200, json.dumps({"url": url}).encode())
         elif parts == ["api", "validate-yaml"]:
             self._json({"errors": [], "warnings": _card_warnings(json.loads(body)["content"])})
         elif parts[4:5] == ["preupload"]:
@@ -114,8 +118,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _api(self, parts: list[str]) -> None:
         folder = self.root.joinpath(*parts[:2])
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        if not files:
+        if not folder.is_dir():
             self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif parts[2:] == ["auth-check", "write"]:
+            self._send(403 if parts[0] == "others" else 200, b"")
         elif parts[2:3] == ["tree"]:
             tree = [
                 {"type": "file", "path": str(f.relative_to(folder)), "size": f.stat().st_size, "oid": _etag(f)}
@@ -124,7 +130,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, json.dumps(tree).encode())
         else:
             siblings = [{"rfilename": str(path.relative_to(folder))} for path in files]
-            info = {"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
+            info = {
+                "id": "/".join(parts[:2]),
+                "sha": COMMIT,
+                "siblings": siblings,
+                "private": parts[1] != "public",
+                "tags": [],
+            }
             self._send(200, json.dumps(info).encode())
 
     def _file(self, path: Path, body: bool) -> None:

@@ -105,6 +105,29 @@ def test_nothing_is_chosen_on_test_samples(kit, tmp_path):
     assert row.scores.nats("recover") == pytest.approx(2.5)
 
 
+def test_scores_belong_to_their_rows_wherever_those_lie(kit, tmp_path):
+    import click
+    import yaml
+    from experiment import Experiment
+    from scoring import Scorer
+
+    def opened(folder: Path, row: str) -> Scorer:
+        (folder / "rows.jsonl").write_text(row)
+        own = {"dataset": str(folder / "rows.jsonl"), "prompt": "q", "answer": "a"}
+        (folder / "file.yml").write_text(
+            yaml.safe_dump({"target": "t", "ability_model": "m", "abilities": {"facts": own}})
+        )
+        return Scorer(Experiment("one", "ones", (folder / "file.yml",)), folder / "measured", "settings")
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    opened(here, "first").once("key", lambda: 1)
+    here.rename(there)
+    assert opened(there, "first").once("key", lambda: 2) == 1
+    with pytest.raises(click.UsageError, match="other settings or rows"):
+        opened(there, "second")
+
+
 def test_answers_with_and_without_what_they_share(kit, pair_of):
     import torch
     from scoring import _answers

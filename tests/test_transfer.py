@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -73,16 +74,25 @@ def test_whole_path(abilities, tmp_path):
     assert result.exit_code == 0, (result.output, result.exception)
     assert list(steps(result.output)) == ["profile", "sweep", "evaluate", "card", "report"]
     assert "\n$ mergekit-yaml out/sweep/best.yml out/merged\n" in result.output
-    table, judgement = result.output.split("\n\n")[-2:]
+    table, moved, judgement = result.output.split("\n\n")[-3:]
     assert "even, to recover" in table
     assert "odd, to keep" in table
+    assert re.fullmatch(r"moved: [\d.]+ % of the channels, [\d.]+ % of the parameters, weight [\d.]+(, fitted)?", moved)
     assert judgement.startswith("It recovers ")
     evaluation = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert [one["samples"] for one in evaluation["results"]] == [3] * 6  # the other two of five chose
 
     again = transfer("--keep-within", "0.9")
     assert not any(steps(again.output).values())
-    assert again.output.split("\n\n")[-2:] == [table, judgement]
+    assert again.output.split("\n\n")[-3:] == [table, moved, judgement]
+
+    # With another limit the sweep chooses anew, and scores nothing anew.
+    scored = (tmp_path / "out/sweep/sweep.csv").read_bytes()
+    other = transfer("--keep-within", "0.5")
+    assert steps(other.output)["sweep"]
+    assert "--overwrite" not in other.output.partition("mergekit-yaml")[0]
+    assert (tmp_path / "out/sweep/sweep.csv").read_bytes() == scored
+    transfer("--keep-within", "0.9")
 
     # Its commands, given one by one, make the same files.
     before = files(tmp_path / "out")
@@ -154,7 +164,7 @@ def test_interrupted_and_given_again(abilities, tmp_path):
     _, told = process.communicate()
     assert process.returncode == 130
     assert "the same command goes on from there" in told
-    assert not json.loads(begun.read_text())["sweep"]["done"]
+    assert not json.loads(begun.read_text())["steps"]["sweep"]["done"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "It recovers " in done.stdout
@@ -212,8 +222,12 @@ def test_what_cannot_be_done_is_told_first(abilities, tmp_path, monkeypatch):
     content = abilities()
     (tmp_path / "abilities.yml").write_text(yaml.safe_dump(content | {"ability_model": content["target"]}))
     assert "target and ability_model are the same model" in told()
+    (tmp_path / "link").symlink_to(content["target"])
+    (tmp_path / "abilities.yml").write_text(yaml.safe_dump(content | {"ability_model": "./link"}))
+    assert "target and ability_model are the same model" in told()
     abilities()
     assert "density and weight go together" in told("--density", "0.1")
+    assert "density is 1.5; expected a fraction" in told("--density", "1.5", "--weight", "1")
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as small:
         small.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
@@ -230,6 +244,38 @@ def test_a_folder_of_another_pair(abilities, tmp_path, pair_of):
     result = transfer("--density", "0.2", "--weight", "0.5")
     assert result.exit_code == 1
     assert "out is of a transfer from " in result.output
+
+
+def test_a_folder_of_another_file(abilities, tmp_path):
+    fixed = ("--density", "0.2", "--weight", "0.5")
+    assert transfer(*fixed).exit_code == 0
+    before = files(tmp_path / "out")
+    (tmp_path / "abilities.yml").rename(tmp_path / "other.yml")
+    other = ["transfer", "other.yml", "out", *fixed]
+    assert CliRunner().invoke(main, other).exit_code == 0  # it says the same
+    content = yaml.safe_load((tmp_path / "other.yml").read_text())
+    content["abilities"]["even"]["samples"] = 4
+    (tmp_path / "other.yml").write_text(yaml.safe_dump(content))
+    assert CliRunner().invoke(main, other).exit_code == 0  # the file that it was of last
+    content["abilities"]["even"]["samples"] = 5
+    (tmp_path / "third.yml").write_text(yaml.safe_dump(content))
+    before = files(tmp_path / "out")
+    result = CliRunner().invoke(main, ["transfer", "third.yml", "out", *fixed])
+    assert result.exit_code == 1
+    assert f"by {tmp_path / 'other.yml'}; name another folder" in result.output
+    assert files(tmp_path / "out") == before
+
+
+def test_fine_tuned(abilities, tmp_path):
+    fixed = ("--density", "0.2", "--weight", "0.5")
+    result = transfer(*fixed, "--finetune", "--device", "cpu")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert list(steps(result.output)) == ["profile", "mask", "card", "finetune", "evaluate", "report"]
+    card = (tmp_path / "out/tuned/README.md").read_text()
+    assert "## Before the fine-tuning: Transferred abilities" in card
+    assert "| this model |" in card
+    assert "model-index" in card
+    assert not any(steps(transfer(*fixed, "--finetune", "--device", "cpu").output).values())
 
 
 def test_without_a_file(pair_of, sums_file, tmp_path, monkeypatch):
@@ -273,14 +319,30 @@ def test_push_to_the_hub(abilities, tmp_path):
     for name in ("model.safetensors", "README.md", "act.yml"):
         assert (tmp_path / "hub/me/sums" / name).read_bytes() == (tmp_path / "out/merged" / name).read_bytes()
     assert sum("/api/repos/create" in path for path in asked) >= 1
-    done, asked = run_there(tmp_path, *command[:6], "--push-to-hub", "me/sums", HF_TOKEN="hf_x")
-    assert done.returncode == 1
-    assert "Upload the result to me/sums? [y/N]" in done.stdout
-    assert asked == []
-    done, _ = run_there(tmp_path, *command[:6], "--push-to-hub", "others/sums", "--yes", HF_TOKEN="hf_x")
-    assert done.returncode == 1
-    assert "Error: others/sums cannot be written to: " in done.stderr
-    assert "403" in done.stderr
+    (tmp_path / "hub/me/public").mkdir()
+    for name, seen_by in (("me/sums", "private"), ("me/public", "public"), ("me/new", "new, private")):
+        done, asked = run_there(tmp_path, *command[:6], "--push-to-hub", name, HF_TOKEN="hf_x")
+        assert done.returncode == 1
+        assert f"Upload the result to {name} ({seen_by}), if it is worth it? [y/N]" in done.stdout
+        assert not any("create" in path for path in asked)
+    (tmp_path / "hub/others/there").mkdir(parents=True)
+    for name in ("others/sums", "others/there"):
+        done, _ = run_there(tmp_path, *command[:6], "--push-to-hub", name, "--yes", HF_TOKEN="hf_x")
+        assert done.returncode == 1
+        assert f"Error: {name} cannot be written to: " in done.stderr
+        assert "403" in done.stderr
+
+
+def test_what_is_not_worth_it_is_not_uploaded(abilities, tmp_path):
+    """All weights of the ability model, whose answers on what is kept are worse."""
+    (tmp_path / "hub").mkdir()
+    command = [sys.executable, "-m", "mergekit_act", "transfer", "abilities.yml", "out", "--push-to-hub", "me/sums"]
+    command += ["--density", "1", "--weight", "-3", "--yes"]
+    done, _ = run_there(tmp_path, *command, HF_TOKEN="hf_x")
+    assert done.returncode == 0, done.stderr
+    assert "do not publish." in done.stdout
+    assert "Not uploaded, as it is not worth it. This would:\n$ hf upload me/sums out/merged --private" in done.stdout
+    assert list((tmp_path / "hub/me/sums").iterdir()) == []
 
 
 def test_judgement_by_hand():
@@ -288,10 +350,10 @@ def test_judgement_by_hand():
         nll = {"value": value, "difference": difference, "difference_interval": interval}
         return {"model": model, "ability": ability, "role": role, "nll": nll, "exact_match": None}
 
-    def evaluation(gain, low, high, cost=0.0):
+    def evaluation(gain, low, high, cost=0.0, far=-3.0):
         facts = [
             one("t", "facts", "recover", 4.0),
-            one("a", "facts", "recover", 1.0),
+            one("a", "facts", "recover", 4.0 + far, far, [far - 0.1, far + 0.1]),
             one("m", "facts", "recover", 4.0 + gain, gain, [low, high]),
         ]
         sums = [
@@ -301,10 +363,18 @@ def test_judgement_by_hand():
         ]
         return {"results": [*facts, *sums]}
 
-    names = ("t", "a", "m")
-    assert judge(evaluation(-1.5, -1.7, -1.3), *names) == "It recovers 50 % of facts; sums is unchanged."
-    assert judge(evaluation(-1.5, -1.7, -1.3, 0.3), *names).endswith("; sums is worse by 0.30 nats.")
-    assert judge(evaluation(-0.1, -0.3, 0.1), *names) == "It recovers nothing that is beyond chance: do not publish."
+    def judged(*numbers, **more):
+        return judge(evaluation(*numbers, **more), "a", "m", keep_within=0.2)
+
+    won = (-1.5, -1.7, -1.3)
+    assert judged(*won) == ("It recovers 50 % of facts; sums has not changed beyond chance.", True)
+    assert judged(*won, 0.2) == ("It recovers 50 % of facts; sums is worse by 0.20 nats.", True)  # exp(-0.2) is 0.82
+    assert judged(*won, 0.25) == (
+        "It recovers 50 % of facts; sums is worse by 0.25 nats, which is more than allowed: do not publish.",
+        False,
+    )
+    assert judged(*won, far=-0.05)[0].startswith("It recovers 1.50 nats of facts; ")
+    assert judged(-0.1, -0.3, 0.1) == ("It recovers nothing that is beyond chance: do not publish.", False)
     shown = list_results(
         evaluation(-1.5, -1.7, -1.3), {"t": "target", "a": "ability model", "m": "merged"}
     ).splitlines()

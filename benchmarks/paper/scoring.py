@@ -116,10 +116,9 @@ class Scorer:
             self._store.write_text("".join(lines[:-1]))
             lines.pop()
         self._known: dict[str, Any] = {one["key"]: one["value"] for one in map(json.loads, lines)}
-        texts = [path.read_text() for path in (*experiment.files, *experiment.others)]
-        written = hashlib.sha256("\n".join([*texts, repr((VALIDATION, experiment.recipe, settings))]).encode())
-        if self.once("settings", written.hexdigest) != written.hexdigest():
-            raise click.UsageError(f"{folder} was measured with other settings; name another folder")
+        settings = _digest(experiment, repr((VALIDATION, experiment.recipe, settings)))
+        if self.once("settings", lambda: settings) != settings:
+            raise click.UsageError(f"{folder} was measured with other settings or rows; name another folder")
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """What is kept under a key, or else made now and kept."""
@@ -175,6 +174,17 @@ class Scorer:
                 if role != "others":
                     found["validation"].setdefault(role, {})[one.ability] = list(one.samples[:cut])
         return found
+
+
+def _digest(experiment: Experiment, settings: str) -> str:
+    """Of the settings, the abilities files and the rows at hand, wherever they lie."""
+    digest = hashlib.sha256(settings.encode())
+    for path in (*experiment.files, *experiment.others):
+        digest.update(path.read_text(encoding="utf-8").replace(str(path.parent), "").encode())
+        for ability in load_abilities(path).abilities.values():
+            if Path(ability.dataset).is_file():
+                digest.update(Path(ability.dataset).read_bytes())
+    return digest.hexdigest()
 
 
 @torch.inference_mode()

@@ -20,12 +20,15 @@ from mergekit_act.cards.markdown import (
     link_model,
     on_hub,
     read_readme,
+    replace_block,
     table,
+    write_readme,
 )
+from mergekit_act.cards.results import read_results
 from mergekit_act.files import write_atomically
 from mergekit_act.finetuning import FineTuned
 
-__all__ = ["write_finetuned_card"]
+__all__ = ["add_evaluation", "write_finetuned_card"]
 
 
 LOG = logging.getLogger(__name__)
@@ -65,6 +68,29 @@ def write_finetuned_card(model: FineTuned) -> WrittenCard:
     )
     card = Readme("", "").changed(metadata, text + _transferred(model.checkpoint.folder / "README.md"), path)
     write_atomically(path, card.encode(), overwrite=True)
+    return WrittenCard((path,))
+
+
+def add_evaluation(folder: Path, evaluation: Path, evaluated_as: str | None) -> WrittenCard:
+    """Say on a fine-tuned model's card what was measured of it.
+
+    Args:
+        folder: of the model.
+        evaluation: what ``mergekit-act evaluate --json`` wrote.
+        evaluated_as: the model's name in it.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no card.
+        ValueError: the card or the evaluation can't be read.
+    """
+    path = folder / "README.md"
+    readme, results = read_readme(path), read_results(evaluation, folder, evaluated_as)
+    if readme is None:
+        raise FileNotFoundError(f"{path} does not exist; mergekit-act finetune writes it, when given again too")
+    metadata = readme.metadata | {
+        "model-index": results.add_to(readme.metadata.get("model-index"), folder.resolve().name)
+    }
+    write_readme(path, readme.changed(metadata, replace_block(readme.text, "evaluation", results.section()), path))
     return WrittenCard((path,))
 
 

@@ -92,12 +92,14 @@ def card(
     the options of mergekit-yaml that it was given. The same command again changes nothing; parts of the card that
     others wrote stay.
 
-    Of a FOLDER with profiles and masks, writes the README.md that describes them.
+    Of a FOLDER with profiles and masks, writes the README.md that describes them; to the card of a fine-tuned model,
+    adds --evaluation.
     """
     from mergekit_act import autoload
 
     autoload.install()
     from mergekit_act.cards.files import has_artifacts, write_folder_card
+    from mergekit_act.cards.finetuned import add_evaluation
     from mergekit_act.cards.merged import write_merge_card
     from mergekit_act.checking.summary import parse_check_arguments
     from mergekit_act.report import can_draw, draw_moved
@@ -111,6 +113,9 @@ def card(
         if not described.files:
             raise ValueError(f"{folder / 'README.md'} is of somebody else; move it, and give the same command again")
         echo(*described.files)
+        return
+    if (folder / "finetune.json").exists() and evaluation is not None:
+        echo(*add_evaluation(folder, evaluation, evaluated_as).files)
         return
     with muted("mergekit_act.checking"):  # what it would warn of is in the summary
         written = write_merge_card(

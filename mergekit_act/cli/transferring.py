@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="By which channels are scored; see mergekit-act profile --help.",
 )
-@click.option("--density", type=float, metavar="P", help="Of each profile, with --weight and without a sweep.")
+@click.option("--density", type=float, metavar="P", help="Of each profile, with --weight; without a sweep and a fit.")
 @click.option("--weight", type=float, help="With --density.")
 @click.option(
     "--keep-within",
@@ -69,6 +69,7 @@ def transfer(
 
     autoload.install()
     from mergekit_act.transferring import describe_transfer, run_transfer
+    from mergekit_act.transferring.repository import visibility
 
     def run(words: Sequence[str]) -> None:
         run_words([*words, "--quiet"] if quiet else words)
@@ -79,7 +80,8 @@ def transfer(
         echo(describe_transfer(path, out, settings))
         return
     if settings.push_to_hub and not yes:
-        click.confirm(f"Upload the result to {settings.push_to_hub}?", abort=True)
+        seen_by = visibility(settings.push_to_hub)
+        click.confirm(f"Upload the result to {settings.push_to_hub} ({seen_by}), if it is worth it?", abort=True)
     done = run_transfer(path, out, settings, run=run, echo=echo)
     echo(f"\n{done.results}\n\n{done.judgement}" if done.results else f"\n{done.judgement}")
     if done.model is None:

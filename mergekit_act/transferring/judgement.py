@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,36 +33,40 @@ def list_results(evaluation: Mapping[str, Any], names: Mapping[str, str]) -> str
     return table([*header, *([f"right: {' / '.join(names.values())}"] if with_answers else [])], lines)
 
 
-def judge(evaluation: Mapping[str, Any], target: str, ability_model: str, result: str) -> str:
-    """One sentence: what came back, and what it cost.
+def judge(evaluation: Mapping[str, Any], ability_model: str, result: str, keep_within: float) -> tuple[str, bool]:
+    """One sentence: what came back, and what it cost; and whether it is worth it.
 
     Args:
         evaluation: as ``evaluate --json`` writes it; its first model is the target.
-        target: the model's name there.
-        ability_model: likewise.
+        ability_model: a model's name there.
         result: likewise.
+        keep_within: share of the likelihood of a kept answer token that may be lost.
     """
     by_ability = _by_ability(evaluation)
     recovered = {name: own for name, own in by_ability.items() if own[result]["role"] == "recover"}
     better = [name for name, own in recovered.items() if own[result]["nll"]["difference_interval"][1] < 0]
     if not better:
-        return "It recovers nothing that is beyond chance: do not publish."
+        return "It recovers nothing that is beyond chance: do not publish.", False
     shares = []
     for name in better:
-        lost = recovered[name][target]["nll"]["value"] - recovered[name][ability_model]["nll"]["value"]
+        own = recovered[name][ability_model]["nll"]
         won = -recovered[name][result]["nll"]["difference"]
-        shares.append(f"{100 * won / lost:.0f} % of {name}" if lost > 0 else f"{won:.2f} nats of {name}")
+        is_far = own["difference_interval"][1] < 0  # or a share of the distance would say nothing
+        shares.append(f"{100 * won / -own['difference']:.0f} % of {name}" if is_far else f"{won:.2f} nats of {name}")
     parts = [f"It recovers {enumerate_some(shares)}"]
     rest = [name for name in recovered if name not in better]
     parts += [f"nothing beyond chance of {enumerate_some(rest)}"] if rest else []
+    too_bad = False
     for name, own in by_ability.items():
         if own[result]["role"] == "keep":
             low, high = own[result]["nll"]["difference_interval"]
             change = own[result]["nll"]["difference"]
-            sure = low > 0 or high < 0
-            how = f"{'worse' if change > 0 else 'better'} by {abs(change):.2f} nats" if sure else "unchanged"
-            parts.append(f"{name} is {how}")
-    return "; ".join(parts) + "."
+            is_sure, is_too_much = low > 0 or high < 0, low > 0 and 1 - math.exp(-change) > keep_within
+            too_bad |= is_too_much
+            how = f"is {'worse' if change > 0 else 'better'} by {abs(change):.2f} nats"
+            how += ", which is more than allowed" if is_too_much else ""
+            parts.append(f"{name} {how if is_sure else 'has not changed beyond chance'}")
+    return "; ".join(parts) + (": do not publish." if too_bad else "."), not too_bad
 
 
 def _by_ability(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

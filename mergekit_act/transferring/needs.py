@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from mergekit.options import MergeOptions
@@ -12,6 +13,8 @@ from mergekit.options import MergeOptions
 from mergekit_act.abilities import AbilitiesFile, Tokenizers, collect_samples
 from mergekit_act.checkpoints import parse_reference
 from mergekit_act.devices import default_dtype, usable_device
+from mergekit_act.finetuning import Recipe, TrainingSettings
+from mergekit_act.finetuning.saving import bytes_needed
 from mergekit_act.planning import only_headers
 from mergekit_act.planning.models import open_loaded
 
@@ -19,8 +22,8 @@ __all__ = ["Needs", "estimate_needs", "estimate_seconds"]
 
 # Work for a token, in forwards of one model.
 _PROFILE = {"activation": 2.0, "local": 2.0, "attribution": 5.0}
-_TRAINING = 3.0
-_OF_MATRIX_RATE = 0.5  # what a model's forward reaches of the rate of a large product of matrices
+_TRAINING = 4.0  # forward, again for the gradient checkpoints, backward twice that
+_OF_MATRIX_RATE = 0.5  # assumed: what a model's forward reaches of the rate of a large product of matrices
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,10 @@ def estimate_needs(file: AbilitiesFile, *, finetune: bool, lora_merge_cache: str
         headers = open_loaded(target, trust_remote_code=trust).headers.values()
         size = sum(header.size for header in headers)
         parameters = sum(torch.Size(header.shape).numel() for header in headers)
-    # A training keeps a checkpoint with Adam's means besides the model it writes.
-    return Needs(disk=size * (6 if finetune else 1), parameters=parameters, remarks=remarks)
+    settings = TrainingSettings()
+    samples = sum(one.samples for one in file.abilities.values())
+    training = bytes_needed(parameters, Recipe(), ceil(samples / Recipe().batch_size), settings.save_steps)
+    return Needs(disk=size + (training if finetune else 0), parameters=parameters, remarks=remarks)
 
 
 def estimate_seconds(
@@ -59,10 +64,10 @@ def estimate_seconds(
     files: tuple[AbilitiesFile, AbilitiesFile, AbilitiesFile],
     points: int,
     *,
+    finetune: bool,
     criterion: str,
     device: str | None,
     dtype: str | None,
-    models: int,
     trust: bool,
 ) -> Mapping[str, float]:
     """Step -> seconds, without loading files and generating answers.
@@ -70,11 +75,11 @@ def estimate_seconds(
     Args:
         needs: of the transfer.
         files: with the samples that are profiled, and as held-out ones those that choose and those that measure.
-        points: of the sweep.
+        points: of the sweep; 0 without one.
+        finetune: whether the result is.
         criterion: of the profile.
         device: where models run; None for the default one.
         dtype: in which; None likewise.
-        models: how many are evaluated.
         trust: allow the models' own code from the Hub.
     """
     used = usable_device(device)
@@ -86,9 +91,10 @@ def estimate_seconds(
     )
     forward = 2 * needs.parameters / rate  # of a token
     return {
-        "profile": _PROFILE.get(criterion, 0.0) * forward * profiled,
-        "sweep": (points + 1) * forward * chosen,
-        "evaluate": models * forward * measured,
+        "profile": _PROFILE[criterion] * forward * profiled,
+        "sweep": (points + 1) * forward * chosen if points else 0.0,
+        "finetune": _TRAINING * Recipe().epochs * forward * profiled if finetune else 0.0,
+        "evaluate": (4 if finetune else 3) * forward * measured,
     }
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_act.data.filling import column_values
 from mergekit_act.data.rows import load_rows, select_rows
 from mergekit_act.data.schema import AbilitiesFile, Ability
+from mergekit_act.evaluation import HeldOut
 
-__all__ = ["split_held_out"]
+__all__ = ["check_apart", "split_held_out"]
+
+LOG = logging.getLogger(__name__)
 
 _CHOOSE = 0.4  # of the held-out rows
 
@@ -43,6 +47,22 @@ def split_held_out(file: AbilitiesFile, written: Mapping[str, Any]) -> tuple[dic
             part[name] = own | {"evaluate": own.get("evaluate", {}) | {"offset": begin, "samples": samples}}
     choose, measure = (dict(written) | {"abilities": part} for part in parts)
     return choose, measure
+
+
+def check_apart(choose: Sequence[HeldOut], measure: Sequence[HeldOut]) -> None:
+    """Warn of samples that choose and measure, because rows stand twice in the data.
+
+    Raises:
+        ValueError: of an ability all that measure do.
+    """
+    for first, second in zip(choose, measure, strict=True):
+        chosen = {sample.input_ids.numpy().tobytes() for sample in first.samples}
+        both = sum(sample.input_ids.numpy().tobytes() in chosen for sample in second.samples)
+        told = f'ability "{second.ability}": of {len(second.samples)} samples that measure, {both} also choose'
+        if both == len(second.samples):
+            raise ValueError(f"{told}: rows stand twice in the data")
+        if both:
+            LOG.warning("%s: rows stand twice in the data", told)
 
 
 def _held_out_rows(name: str, held_out: Ability) -> tuple[int, int, int]:

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers
 from mergekit_act.channels import channel_layout
@@ -21,11 +19,12 @@ from mergekit_act.devices import default_dtype, usable_device
 from mergekit_act.evaluation import collect_held_out
 from mergekit_act.files import write_atomically
 from mergekit_act.logs import muted
+from mergekit_act.selection import validate_density
 from mergekit_act.sweeping import Grid
 from mergekit_act.transferring.needs import estimate_needs, estimate_seconds
-from mergekit_act.transferring.parts import split_held_out
+from mergekit_act.transferring.parts import check_apart, split_held_out
 from mergekit_act.transferring.steps import Step
-from mergekit_act.wording import escape, one_line, show_bytes, show_seconds
+from mergekit_act.wording import escape, show_bytes, show_seconds
 from mergekit_act.yaml_files import read_yaml
 
 __all__ = ["TransferPlan", "TransferSettings"]
@@ -82,6 +81,7 @@ class TransferPlan:
         config: the merge config that is merged.
         merged: the merged model.
         tuned: that one, fine-tuned.
+        result: the one of both that is wanted.
     """
 
     def __init__(self, path: Path, file: AbilitiesFile, out: Path, settings: TransferSettings) -> None:
@@ -97,14 +97,17 @@ class TransferPlan:
         self.config = out / "sweep" / "best.yml" if self.swept else out / "merge.yml"
         self.measured = out / "measure.yml" if self.swept else path
         self.merged, self.tuned = out / "merged", out / "tuned"
+        self.result = self.tuned if settings.finetune else self.merged
 
     def check(self) -> None:
         """What would fail after hours is told now."""
         if (self.settings.density is None) != (self.settings.weight is None):
             raise ValueError("density and weight go together: give both, or neither to let a sweep choose")
+        if self.settings.density is not None:
+            validate_density(self.settings.density)
         if not self.recovered:
             raise ValueError(f'{self.path}: no ability has "role: recover", so there is nothing to transfer')
-        if parse_reference(self.target) == parse_reference(self.ability_model):
+        if _places_of(self.target) == _places_of(self.ability_model):
             raise ValueError(f"{self.path}: target and ability_model are the same model")
         if self.settings.finetune and find_spec("trl") is None:
             raise ValueError('fine-tuning needs TRL: pip install "mergekit-act[finetune]"')
@@ -113,8 +116,11 @@ class TransferPlan:
         parts = split_held_out(self.file, read_yaml(self.path, "abilities file"))
         tokenizers = Tokenizers(self.target, self.ability_model, self.settings.trust_remote_code)
         with muted("mergekit_act"):  # the steps tell what there is to tell
-            for one in (one for part in parts for one in collect_held_out(AbilitiesFile(**part), tokenizers)):
+            choose, measure = (collect_held_out(AbilitiesFile(**part), tokenizers) for part in parts)
+            for one in (*choose, *measure):
                 one.check(generate=True)
+        if self.swept:
+            check_apart(choose, measure)
         self._parts = parts
         s = self.settings
         self.needs = estimate_needs(
@@ -136,10 +142,10 @@ class TransferPlan:
             self.needs,
             (self.file, choose, measure),
             points=len(Grid(densities=_DENSITIES).points(1)) * (2 if self.fitted else 1) if self.swept else 0,
+            finetune=s.finetune,
             criterion=s.criterion,
             device=s.device,
             dtype=s.dtype,
-            models=4 if s.finetune else 3,
             trust=s.trust_remote_code,
         )
         device = usable_device(s.device)
@@ -153,18 +159,6 @@ class TransferPlan:
             f"disk: {show_bytes(self.needs.disk)}",
         ]
         return "\n".join([*lines, *self.needs.remarks])
-
-    def make_repository(self) -> None:
-        """So that missing rights are told before hours of work; a new one is private.
-
-        Raises:
-            ValueError: the Hub does not allow it.
-        """
-        if self.settings.push_to_hub:
-            try:
-                HfApi().create_repo(self.settings.push_to_hub, private=True, exist_ok=True)
-            except (HTTPError, OSError, ValueError) as error:
-                raise ValueError(f"{self.settings.push_to_hub} cannot be written to: {one_line(error)}") from error
 
     def write_inputs(self) -> None:
         """Files that the steps read and nobody else writes."""
@@ -199,35 +193,45 @@ class TransferPlan:
         made = (*profiles, self.inputs) if self.fitted else profiles
         yield _ours("profile", words, (*data, *weights), made, again="ends", content=self._profiled())
         if self.swept:
-            words = ("sweep", out / "merge.yml", out / "choose.yml", out / "sweep", "--keep-within", s.keep_within)
+            words = ("sweep", out / "merge.yml", out / "choose.yml", out / "sweep")
             words += tuple(word for density in _DENSITIES for word in ("--density", density))
             words += ("--fit", self.inputs) if self.fitted else ()
             reads: tuple[Any, ...] = (out / "merge.yml", out / "choose.yml", *made, *held_out, *weights)
             words += (*device, *batch, *trust)
-            yield _ours("sweep", words, reads, (out / "sweep" / "sweep.csv",), again="resumes")
+            chooses = ("--keep-within", f"{s.keep_within:g}")
+            yield _ours("sweep", words, reads, (out / "sweep" / "sweep.csv",), again="resumes", chooses=chooses)
         else:
             words = ("mask", *self.recovered, "-o", out / "mask.safetensors", "--density", s.density)
             yield _ours("mask", words, profiles, (out / "mask.safetensors",))
         merge = ("mergekit-yaml", str(self.config), str(self.merged), *trust)
         reads = (self.config, *made, out / "mask.safetensors", *weights)
         yield Step("merge", merge, reads, (self.merged / "config.json",))
-        if s.finetune:
+        found, results = out / "evaluation.json", (self.merged, *((self.tuned,) if s.finetune else ()))
+        made = tuple(self.merged / name for name in ("README.md", "reproduce.json"))
+        if s.finetune:  # whose card takes over what this one says of the transfer
+            yield _ours("card", ("card", self.merged, *trust), (self.config, self.merged), made, again="resumes")
             words = ("finetune", self.merged, self.path, self.tuned, *device, *dtype, *trust)
             reads, tuned = (self.merged, *data), (self.tuned / "config.json",)
             yield _ours("finetune", words, reads, tuned, again="ends", content=self._profiled())
-        found, results = out / "evaluation.json", (self.merged, *((self.tuned,) if s.finetune else ()))
         words = ("evaluate", *models, *results, "--abilities", self.measured, "--json", found)
         words += (*device, *dtype, *batch, *trust)
         yield _ours("evaluate", words, (self.measured, *held_out, *weights, *results), (found,))
-        words = ("card", self.merged, "--evaluation", found, *trust)
-        made = tuple(self.merged / name for name in ("README.md", "reproduce.json"))
-        yield _ours("card", words, (self.config, found, self.merged), made, again="resumes")
+        if s.finetune:
+            words, made = ("card", self.tuned, "--evaluation", found), (self.tuned / "README.md",)
+            yield _ours("card of tuned", words, (found, self.tuned), made, again="resumes")
+        else:
+            words = ("card", self.merged, "--evaluation", found, *trust)
+            yield _ours("card", words, (self.config, found, self.merged), made, again="resumes")
         if find_spec("matplotlib") is not None:
             words = ("report", *profiles, "-o", out / "report")
             yield _ours("report", words, profiles, (out / "report" / "report.html",))
-        if s.push_to_hub:
-            last = self.tuned if s.finetune else self.merged
-            yield Step("push", ("hf", "upload", s.push_to_hub, str(last), "--private"), (last, last / "README.md"), ())
+
+    def upload(self) -> Step | None:
+        """The last step, if there is one: a result that is worth it goes to the Hub."""
+        if not self.settings.push_to_hub:
+            return None
+        words = ("hf", "upload", self.settings.push_to_hub, str(self.result), "--private")
+        return Step("upload", words, (self.result, self.result / "README.md"), ())
 
     def _profiled(self) -> dict[str, Any]:
         """The abilities file without what is held out."""
@@ -248,6 +252,13 @@ class TransferPlan:
 def _unmistakable(model: str) -> str:
     """A folder's name that mergekit cannot take for one of the Hub."""
     return f"./{model}" if Path(model).is_dir() and not model.startswith((".", "/")) else model
+
+
+def _places_of(model: str) -> list[str]:
+    """What tells a reference from another one, however its folders are written."""
+    parsed = parse_reference(model)
+    parts = [part for part in (parsed.model, parsed.lora) if part is not None]
+    return [str(Path(one.path).resolve()) if Path(one.path).is_dir() else repr(one) for one in parts]
 
 
 def _paths_of(model: str) -> Iterator[str]:

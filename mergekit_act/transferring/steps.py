@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,12 +30,13 @@ class Step:
 
     Attributes:
         name: of the step.
-        words: the command, as a user gives it.
+        words: the command, as a user gives it, but for ``chooses``.
         reads: files and models that its result depends on; names of the Hub count by themselves.
         writes: files that are there once it is done.
         again: whether it goes on by itself after an interruption (``resumes``), refuses once it is done (``ends``), or
             begins anew in any case; it is told to overwrite what is of other inputs.
         content: of a file that is not read as a whole, what is.
+        chooses: more words, that only choose among what the step has measured: with others it goes on from there.
     """
 
     name: str
@@ -44,12 +45,18 @@ class Step:
     writes: Sequence[Path]
     again: Literal["resumes", "ends", "anew"] = "anew"
     content: Any = None
+    chooses: Sequence[str] = ()
 
     def __str__(self) -> str:
-        return shlex.join(map(str, self.words))
+        return shlex.join(self.command)
+
+    @property
+    def command(self) -> list[str]:
+        """All its words."""
+        return [*map(str, self.words), *self.chooses]
 
     def digest(self) -> str:
-        """Of the command and of all that it reads."""
+        """Of the command, without what only chooses, and of all that it reads."""
         given = [*map(str, self.words), installed_versions("mergekit", "torch", "transformers"), self.content]
         found = hashlib.sha256(json.dumps(given, default=str).encode())
         for name in self.reads:
@@ -75,17 +82,21 @@ class Steps:
         path: a JSON file that says of each step what it was run on.
         run: runs a command.
         echo: prints a line.
+        of: what the steps are of, for the file; None leaves what it says.
     """
 
-    def __init__(self, path: Path, run: Run, echo: Echo) -> None:
+    def __init__(self, path: Path, run: Run, echo: Echo, of: Mapping[str, Any] | None = None) -> None:
         self._path, self._run, self._echo = path, run, echo
-        self._known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"of": {}, "steps": {}}
+        self._of, self._known = content["of"] if of is None else of, content["steps"]
         self._write()
 
     def is_done(self, step: Step) -> bool:
-        """Whether it was run to its end on what it reads now."""
+        """Whether it was run to its end on what it reads now, and chose as it would."""
         known = self._known.get(step.name, {"done": False})
-        return known["done"] and known["digest"] == step.digest() and all(path.exists() for path in step.writes)
+        if not known["done"] or known["chooses"] != list(step.chooses):
+            return False
+        return known["digest"] == step.digest() and all(path.exists() for path in step.writes)
 
     def take(self, step: Step) -> None:
         """Run a step, unless it is done."""
@@ -97,16 +108,18 @@ class Steps:
         there = all(path.exists() for path in step.writes)
         overwrite = of_others if step.again == "resumes" else of_others or there
         can_overwrite = step.words[0] == "mergekit-act"
-        self._known[step.name] = {"digest": digest, "done": False, "overwrites": overwrite}  # until it is done
+        begun = {"digest": digest, "chooses": list(step.chooses)}
+        self._known[step.name] = begun | {"done": False, "overwrites": overwrite}  # until it is done
         self._write()
-        words = [*map(str, step.words), *(["--overwrite"] if overwrite and can_overwrite else [])]
+        words = [*step.command, *(["--overwrite"] if overwrite and can_overwrite else [])]
         self._echo(f"\n$ {shlex.join(words)}")
         self._run(words)
-        self._known[step.name] = {"digest": digest, "done": True}
+        self._known[step.name] = begun | {"done": True}
         self._write()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _write(self) -> None:
-        write_atomically(self._path, (json.dumps(self._known, indent=2) + "\n").encode(), overwrite=True)
+        content = {"of": self._of, "steps": self._known}
+        write_atomically(self._path, (json.dumps(content, indent=2) + "\n").encode(), overwrite=True)
