@@ -295,25 +295,6 @@ def test_mergekit_multi_does_not_begin_if_a_later_merge_will_fail(pair_of, tmp_p
     assert not list((tmp_path / "steps").iterdir())
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--low-cpu-memory"],
-        ["--read-to-gpu"],
-        ["--async-write", "--write-threads", "2"],
-        ["--out-shard-size", "20K"],
-        ["--clone-tensors"],
-    ],
-    ids=lambda flags: flags[0],
-)
-def test_mergekits_flags_change_nothing(pair_of, tmp_path, flags):
-    target, ability = pair_of("qwen2")
-    mask = random_mask(target, ability, tmp_path / "m.safetensors")
-    config = act_config(target, (ability, {"weight": 0.5, "mask": str(tmp_path / "m.safetensors")}))
-    result = merged(config, tmp_path / "out", *flags)
-    assert_merged(result, state_of(target), [(state_of(ability), 0.5, mask)], tied=False)
-
-
 def test_pickles_are_read_lazily(pair_of, tmp_path):
     folders = []
     for folder in pair_of("qwen2"):
@@ -325,17 +306,6 @@ def test_pickles_are_read_lazily(pair_of, tmp_path):
     before, other = (state_of(folder) for folder in pair_of("qwen2"))
     result = merged(config, tmp_path / "out", "--lazy-unpickle")
     assert_merged(result, before, [(other, 0.5, mask)], tied=False)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("flags", [["--cuda"], ["--cuda", "--read-to-gpu"], ["--cuda", "--low-cpu-memory"]], ids=str)
-def test_on_a_gpu(pair_of, tmp_path, flags):
-    target, ability = pair_of("qwen2-tied")
-    mask = random_mask(target, ability, tmp_path / "m.safetensors")
-    parameters = {"weight": 0.5, "mask": str(tmp_path / "m.safetensors")}
-    result = merged(act_config(target, (ability, parameters)), tmp_path / "out", *flags)
-    assert_merged(result, state_of(target), [(state_of(ability), 0.5, mask)], tied=True)
-    assert merged(act_config(target, (ability, parameters), merge_method="act_ties"), tmp_path / "ties", *flags)
 
 
 @pytest.mark.parametrize("flags", [[], ["--async-write"], ["--clone-tensors"], ["--out-shard-size", "1M"]], ids=str)

@@ -1,7 +1,7 @@
 """Devices other than the CPU, on machines that have none.
 
 Merges give the same bytes wherever mergekit is told to load, to compute and to keep tensors; there the other device is
-PyTorch's ``meta``: a tensor that is moved there has lost its numbers, and cannot be written. What runs models runs on
+PyTorch's ``meta``: a tensor that is moved there has lost its numbers, and cannot be written. With a GPU, it is that. What runs models runs on
 one that stands in for an accelerator (``standin.py``).
 """
 
@@ -20,21 +20,25 @@ import pytest
 import torch
 from click.testing import CliRunner
 from mergekit import multigpu_executor
-from merges import act_config, merged, random_mask, run_merge
+from merges import act_config, merged, random_mask, run_merge, state_of
 from safetensors.torch import load_file, save_file
 from test_adapters import train_adapter
+from test_fit import inputs_of
 from tiny import make_model, tiny_config
 
+from mergekit_act.artifacts import save_inputs
 from mergekit_act.cli import main
 
+ACCELERATOR = "cuda" if torch.cuda.is_available() else "meta"
+ON = ("--device", ACCELERATOR)
 FLAGS = {
-    "device": ("--device", "meta"),
-    "low memory": ("--device", "meta", "--low-cpu-memory", "--lazy-unpickle"),
-    "read to device": ("--device", "meta", "--low-cpu-memory", "--read-to-gpu"),
+    "device": ON,
+    "low memory": (*ON, "--low-cpu-memory", "--lazy-unpickle"),
+    "read to device": (*ON, "--low-cpu-memory", "--read-to-gpu"),
     "several devices": ("--multi-gpu",),
-    "several devices, low memory": ("--device", "meta", "--multi-gpu", "--low-cpu-memory", "--read-to-gpu"),
-    "written by others": ("--device", "meta", "--low-cpu-memory", "--async-write", "--write-threads", "2"),
-    "clones in shards": ("--device", "meta", "--low-cpu-memory", "--clone-tensors", "--out-shard-size", "40K"),
+    "rich": (*ON, "--gpu-rich"),
+    "written by others": (*ON, "--low-cpu-memory", "--async-write", "--write-threads", "2"),
+    "clones in shards": (*ON, "--low-cpu-memory", "--clone-tensors", "--out-shard-size", "40K"),
     "several devices, in shards": ("--multi-gpu", "--out-shard-size", "40K"),
 }
 
@@ -42,6 +46,8 @@ FLAGS = {
 @pytest.fixture(autouse=True)
 def two_devices(monkeypatch):
     """For ``--multi-gpu``: mergekit counts accelerators, and its workers use streams of CUDA."""
+    if ACCELERATOR == "cuda":
+        return
     monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_type", lambda: "meta")
     monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_count", lambda: 2)
     device = SimpleNamespace(synchronize=lambda device: None)
@@ -68,6 +74,17 @@ def config_of(pair_of, tmp_path):
         )
         if kind == "several models":
             return setting(target, ability, make_model(tiny_config("qwen2"), tmp_path / "third", seed=3))
+        if kind == "fit":
+            save_inputs(inputs_of(target, ability), tmp_path / "inputs.safetensors")
+            config = setting(target, ability)
+            config["models"][0]["parameters"]["fit"] = str(tmp_path / "inputs.safetensors")
+            return config
+        if kind == "pickles":
+            folders = [tmp_path / folder.name for folder in (target, ability)]
+            for folder, pickled in zip((target, ability), folders, strict=True):
+                shutil.copytree(folder, pickled, ignore=shutil.ignore_patterns("*.safetensors"))
+                torch.save(state_of(folder), pickled / "pytorch_model.bin")
+            return setting(*folders)
         if kind == "act_dare_linear":
             return setting(target, ability, method=kind, parameters={"density": 0.5})
         if kind == "adapter":
@@ -94,7 +111,7 @@ def config_of(pair_of, tmp_path):
     "kind",
     [
         *("act", "act_ties", "act_dare_linear", "tied", "both names", "several models", "experts", "adapter"),
-        *("tokenizer", "cut", "dtype"),
+        *("tokenizer", "cut", "dtype", "fit", "pickles"),
     ],
 )
 def test_same_bytes_with_all_flags(config_of, tmp_path, kind):
@@ -110,12 +127,13 @@ def test_same_bytes_with_all_flags(config_of, tmp_path, kind):
     assert indices[0] == indices[1]  # the files are the same ones, too
 
 
+@pytest.mark.skipif(ACCELERATOR == "cuda", reason="CUDA keeps the numbers")
 def test_mergekit_moves_what_is_not_ours(pair_of, tmp_path):
     """Or the tests above could not fail: with a method of mergekit's own the numbers are lost."""
     target, ability = pair_of("qwen2")
     models = (ability, {"weight": 0.5})
     config = act_config(target, models, merge_method="task_arithmetic")
-    for name in ("low memory", "several devices, low memory"):
+    for name in ("low memory", "rich"):
         result = run_merge(config, tmp_path / name, *FLAGS[name])
         assert isinstance(result.exception, (NotImplementedError, RuntimeError)), name
 
@@ -144,11 +162,16 @@ def ran(pair_of, sums_file, tmp_path_factory):
             for criterion in CRITERIA:
                 place = out / f"{name} {criterion}"
                 found[place.name] = ("profile", abilities(name, 10), place, "--criterion", criterion, *wide)
-        found["few"] = ("profile", abilities("qwen2", 5), out / "few", *wide)
+        for criterion in CRITERIA:  # in batches of some samples
+            for samples in (10, 4):
+                place = out / f"{samples} {criterion}"
+                on_samples = ("--criterion", criterion, "--batch-tokens", "20", *wide)
+                found[place.name] = ("profile", abilities("qwen2", samples), place, *on_samples)
         little = ("--batch-tokens", "64", *(() if device == "cpu" else ("--memory-budget", "1.33MB")))
         found["streamed"] = ("profile", abilities("qwen2", 10), out / "streamed", *little, *wide)
-        for name, samples in (("evaluate", 10), ("evaluate few", 5)):
+        for name, samples in (("evaluate", 10), ("evaluate few", 4)):
             held_out = ("--abilities", abilities("qwen2", samples), "--json", out / f"{name}.json", "--no-generate")
+            held_out += ("--batch-tokens", "20")
             found[name] = ("evaluate", target, *held_out, *wide)
         mask = {"mask": str(root / "cpu" / "qwen2 activation" / "sums.safetensors"), "mask_density": 0.2}
         (root / "merge.yml").write_text(json.dumps(act_config(target, (ability, {"weight": 1.0, **mask}))))
@@ -170,7 +193,7 @@ def ran(pair_of, sums_file, tmp_path_factory):
 def test_profiles_on_a_device(ran):
     root, crossed = ran
     profiled = [name for name in crossed if (root / "cpu" / name / "sums.safetensors").exists()]
-    assert len(profiled) == 8
+    assert len(profiled) == 13
     for name in profiled:
         expected, found = (load_file(root / device / name / "sums.safetensors") for device in ("cpu", "standin"))
         assert set(found) == set(expected)
@@ -190,7 +213,7 @@ def test_scores_on_a_device(ran):
 
 
 def test_what_crosses(ran, pair_of):
-    """Models once, of a sweep's points the selected rows; back come results, nothing for every sample or token."""
+    """Models once, of a sweep's points the selected rows; back come results, nothing for every module or token."""
     _, crossed = ran
     for name in ("qwen2", "qwen3_moe"):
         models = sum((folder / "model.safetensors").stat().st_size for folder in pair_of(name))
@@ -198,9 +221,12 @@ def test_what_crosses(ran, pair_of):
             one = crossed[f"{name} {criterion}"]
             assert 0.9 * models < one["bytes_in"] < 1.1 * models
             assert one["bytes_out"] < 0.15 * models
-    for many, few in (("qwen2 activation", "few"), ("evaluate", "evaluate few")):
+    # A micro-batch, here a sample, brings its tokens and takes back whether all is finite, or losses; Transformers asks
+    # besides, up to twice a forward, whether sequences are packed.
+    pairs = {"evaluate": "evaluate few"} | {f"10 {criterion}": f"4 {criterion}" for criterion in CRITERIA}
+    for many, few in pairs.items():
         for copies in ("copies_in", "copies_out"):
-            assert crossed[many][copies] == crossed[few][copies], many
+            assert crossed[many][copies] - crossed[few][copies] <= 6 * 5, (many, copies)
     model = (pair_of("qwen2")[0] / "model.safetensors").stat().st_size
     assert crossed["streamed"]["bytes_in"] > 4 * model  # or nothing was streamed
     assert (

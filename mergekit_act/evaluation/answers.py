@@ -137,7 +137,7 @@ def _new_tokens(model: Any, held_out: HeldOut) -> int:
 def _answer_losses(model: Any, batch: MicroBatch) -> Tensor:
     """float32 ``[answer tokens behind a first position]``: −log p of each."""
     try:
-        return _losses(model, batch.to(model.device))
+        return _losses(model, batch)
     except torch.OutOfMemoryError as error:
         if len(batch.input_ids) == 1:
             raise ValueError(f"out of memory on {model.device} with a single sample; shorten max_length") from error
@@ -150,15 +150,15 @@ def _losses(model: Any, batch: MicroBatch) -> Tensor:
     later = batch.position_of > 0
     sample_of, position_of = batch.sample_of[later], batch.position_of[later]
     before = position_of - 1  # a token's logits are those of the position in front of it
+    ids, given = batch.input_ids[sample_of, position_of], batch.input_ids.to(model.device)
     # Padding stands on the right, where causal attention does not see it.
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        kept, column = torch.unique(before, return_inverse=True)
         # An index on the CPU is good for hidden states on any device, if the model is spread over several.
-        logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=kept.cpu()).logits
+        kept, column = torch.unique(before, return_inverse=True)
+        logits = model(input_ids=given, use_cache=False, logits_to_keep=kept).logits
     else:
-        logits, column = model(input_ids=batch.input_ids, use_cache=False).logits, before
-    ids = batch.input_ids[sample_of, position_of].to(logits.device)
-    sample_of, column = sample_of.to(logits.device), column.to(logits.device)
+        logits, column = model(input_ids=given, use_cache=False).logits, before
+    ids, sample_of, column = (one.to(logits.device) for one in (ids, sample_of, column))
     losses = []
     at_once = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
     for some in torch.split(torch.arange(len(ids), device=logits.device), at_once):
