@@ -80,7 +80,7 @@ def write_merge_card(
     fits = {setting: (path, f"fit/{file_hash(path)[:8]}-{path.name}") for setting, path in find_fits(config).items()}
     inputs = {copy: load_inputs(source) for source, copy in fits.values()}
     instructions = Instructions(masks, summary.target, summary.ability_models, inputs)
-    files = _files(merged, config, masks, fits, instructions) | dict(draw(summary))
+    files = _files(merged, config, masks, fits, instructions, options) | dict(draw(summary))
     changed = [name for name, content in files.items() if not _is(merged / name, content)]
     taken = [str(merged / name) for name in changed if (merged / name).exists()]
     if taken and not overwrite:
@@ -109,6 +109,7 @@ def _files(
     masks: Sequence[MaskFile],
     fits: Mapping[str, tuple[Path, str]],
     instructions: Instructions,
+    options: MergeOptions,
 ) -> dict[str, bytes]:
     """What goes into the folder beside the card: masks, inputs, the config with them, the data they were made of."""
     copies: dict[str, list[str]] = {}
@@ -117,7 +118,7 @@ def _files(
     own = map_setting(config, "mask", lambda setting: ",".join(dict.fromkeys(copies.get(setting, [setting]))))
     own = map_setting(own, "fit", lambda setting: fits[setting][1])
     texts = instructions.files | {"act.yml": yaml.safe_dump(own, sort_keys=False, allow_unicode=True)}
-    texts["reproduce.json"] = describe_reproduction(merged / "reproduce.json", own, masks, fits)
+    texts["reproduce.json"] = describe_reproduction(merged / "reproduce.json", own, masks, fits, options)
     used = {mask.copy: mask.path for mask in masks} | {copy: path for path, copy in fits.values()}
     return {copy: path.read_bytes() for copy, path in used.items()} | {name: t.encode() for name, t in texts.items()}
 

@@ -7,15 +7,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mergekit.options import MergeOptions
+
 from mergekit_act.cards.masks import MaskFile
 from mergekit_act.files import file_hash
 from mergekit_act.versions import installed_versions
 
-__all__ = ["describe_reproduction"]
+__all__ = ["OPTIONS", "describe_reproduction"]
+
+# Options of mergekit-yaml without which the merge fails or gives other weights.
+OPTIONS = (
+    "random_seed",
+    "lora_merge_cache",
+    "lora_merge_dtype",
+    "trust_remote_code",
+    "allow_crimes",
+    "unsafe_truncate_embeddings",
+)
 
 
 def describe_reproduction(
-    path: Path, config: Mapping[str, Any], masks: Sequence[MaskFile], fits: Mapping[str, tuple[Path, str]]
+    path: Path,
+    config: Mapping[str, Any],
+    masks: Sequence[MaskFile],
+    fits: Mapping[str, tuple[Path, str]],
+    options: MergeOptions,
 ) -> str:
     """JSON: the config with copied files, their SHA-256, the models with the fingerprints they were profiled with.
 
@@ -24,6 +40,7 @@ def describe_reproduction(
         config: of the merge, as ``act.yml`` has it.
         masks: that it names.
         fits: setting -> the file of inputs and its copy.
+        options: of the merge; those that count are told, but for where merged adapters are kept.
     """
     models = {}
     for source in (source for mask in masks for source in mask.sources):
@@ -32,9 +49,11 @@ def describe_reproduction(
                 models[source[role]["model"]] = source[role]
     versions = json.loads(path.read_text(encoding="utf-8")).get("versions") if path.is_file() else None
     files = {mask.copy: mask.sha256 for mask in masks} | {copy: file_hash(source) for source, copy in fits.values()}
+    given = {name: getattr(options, name, None) for name in OPTIONS if name != "lora_merge_cache"}
     content = {
         "format_version": 1,
         "config": config,
+        "options": {name: value for name, value in given.items() if value not in (None, False)},
         "files": dict(sorted(files.items())),
         "models": [models[name] for name in sorted(models)],
         "versions": versions or installed_versions("mergekit", "torch", "transformers", "safetensors"),

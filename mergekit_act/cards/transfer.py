@@ -23,6 +23,7 @@ from mergekit_act.cards.markdown import (
     table,
 )
 from mergekit_act.cards.masks import MaskFile
+from mergekit_act.cards.reproduce import OPTIONS
 from mergekit_act.checking.summary import CheckSummary
 from mergekit_act.checkpoints import model_name, parse_reference
 from mergekit_act.criteria import WITHOUT_DATA
@@ -137,18 +138,7 @@ def _again(
             "the folder `fit` here."
         )
     yield "The merge:"
-    yield fence("sh", shell_line(["mergekit-yaml", "act.yml", "./again", *_flags(options, *_OPTIONS)]))
-
-
-# Options of mergekit-yaml without which the merge fails or gives other weights.
-_OPTIONS = (
-    "random_seed",
-    "lora_merge_cache",
-    "lora_merge_dtype",
-    "trust_remote_code",
-    "allow_crimes",
-    "unsafe_truncate_embeddings",
-)
+    yield fence("sh", shell_line(["mergekit-yaml", "act.yml", "./again", *_flags(options, *OPTIONS)]))
 
 
 def _flags(options: MergeOptions, *names: str) -> list[str]:
