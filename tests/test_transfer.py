@@ -205,6 +205,36 @@ def test_a_dry_run_writes_nothing(abilities, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_tells_what_it_takes(abilities):
+    def told(*arguments):
+        lines = transfer("--dry-run", *arguments).output.splitlines()
+        return {line.partition(": ")[0]: line for line in lines if line.startswith(("time: ", "disk: "))}
+
+    swept, tuned = told(), told("--density", "0.2", "--weight", "0.5", "--finetune")
+    assert "sweep" in swept["time"]
+    assert "finetune" not in swept["time"]
+    assert "sweep" not in tuned["time"]
+    assert "finetune" in tuned["time"]
+    assert swept["disk"] != tuned["disk"]
+
+
+def test_samples_that_choose_and_measure(abilities, tmp_path, caplog):
+    rows = [{"q": f"{n}+0", "a": str(n)} for n in range(5)]
+
+    def told(*held_out):
+        (tmp_path / "held-out.jsonl").write_text("".join(json.dumps(rows[n]) + "\n" for n in held_out))
+        evaluate = {"dataset": "held-out.jsonl", "offset": 0, "samples": 5, "max_new_tokens": 4}
+        abilities(where={}, samples=1, evaluate=evaluate)
+        return transfer("--dry-run")
+
+    result = told(3, 3, 3, 3, 3)
+    assert result.exit_code == 1
+    assert 'ability "even": of 3 samples that measure, 3 also choose: rows stand twice in the data' in result.output
+    result = told(3, 3, 3, 3, 4)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"of 3 samples that measure, [23] also choose: rows stand twice", caplog.text)
+
+
 def test_what_cannot_be_done_is_told_first(abilities, tmp_path, monkeypatch):
     def told(*arguments):
         result = transfer(*arguments)

@@ -1,9 +1,9 @@
-"""The commands of a transfer, the files between them, and what is to be known before the first of them."""
+"""What a transfer is to do, its files, and what is to be known before its first command."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 import yaml
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers
-from mergekit_act.channels import channel_layout
 from mergekit_act.checkpoints import parse_reference, read_config
 from mergekit_act.devices import default_dtype, usable_device
 from mergekit_act.evaluation import collect_held_out
@@ -23,14 +22,12 @@ from mergekit_act.selection import validate_density
 from mergekit_act.sweeping import Grid
 from mergekit_act.transferring.needs import estimate_needs, estimate_seconds
 from mergekit_act.transferring.parts import check_apart, split_held_out
-from mergekit_act.transferring.steps import Step
 from mergekit_act.wording import escape, show_bytes, show_seconds
 from mergekit_act.yaml_files import read_yaml
 
-__all__ = ["TransferPlan", "TransferSettings"]
+__all__ = ["DENSITIES", "TransferPlan", "TransferSettings"]
 
-
-_DENSITIES = (0.01, 0.05, 0.2, 0.5)
+DENSITIES = (0.01, 0.05, 0.2, 0.5)
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class TransferSettings:
 
 
 class TransferPlan:
-    """The steps, and the files between them.
+    """Models, settings, and the files between the commands.
 
     Args:
         path: of the abilities file.
@@ -82,6 +79,7 @@ class TransferPlan:
         merged: the merged model.
         tuned: that one, fine-tuned.
         result: the one of both that is wanted.
+        evaluation: what is measured of all models.
     """
 
     def __init__(self, path: Path, file: AbilitiesFile, out: Path, settings: TransferSettings) -> None:
@@ -97,6 +95,7 @@ class TransferPlan:
         self.config = out / "sweep" / "best.yml" if self.swept else out / "merge.yml"
         self.measured = out / "measure.yml" if self.swept else path
         self.merged, self.tuned = out / "merged", out / "tuned"
+        self.evaluation = out / "evaluation.json"
         self.result = self.tuned if settings.finetune else self.merged
 
     def check(self) -> None:
@@ -141,7 +140,7 @@ class TransferPlan:
         seconds = estimate_seconds(
             self.needs,
             (self.file, choose, measure),
-            points=len(Grid(densities=_DENSITIES).points(1)) * (2 if self.fitted else 1) if self.swept else 0,
+            points=len(Grid(densities=DENSITIES).points(1)) * (2 if self.fitted else 1) if self.swept else 0,
             finetune=s.finetune,
             criterion=s.criterion,
             device=s.device,
@@ -171,83 +170,6 @@ class TransferPlan:
         config = {"merge_method": "act", "base_model": self.target, "models": models}
         _write_yaml(self.out / "merge.yml", config)
 
-    def steps(self) -> Iterator[Step]:
-        """In the order in which they are taken."""
-        s, out, models = self.settings, self.out, (self.target, self.ability_model)
-        weights = [path for model in models for path in _paths_of(model)]
-        data = [one.dataset for one in self.file.abilities.values()]
-        data += [self.file.chat_template] if self.file.chat_template else []
-        held_out = [*data, *filter(None, (one.evaluate.dataset for one in self.file.abilities.values()))]
-        trust: tuple[str, ...] = ("--trust-remote-code",) if s.trust_remote_code else ()
-        trust += ("--lora-merge-cache", s.lora_merge_cache) if s.lora_merge_cache else ()
-        device = ("--device", s.device) if s.device else ()
-        batch = ("--batch-tokens", s.batch_tokens) if s.batch_tokens != 4096 else ()
-        dtype = ("--dtype", s.dtype) if s.dtype else ()
-        profiles = tuple(self.profiles.values())
-
-        excluded = tuple(word for module in self._vocabulary() for word in ("--exclude", module))
-        memory = ("--memory-budget", f"{s.memory_budget / 1e9:.12g}GB") if s.memory_budget else ()
-        inputs = ("--inputs",) if self.fitted else ()
-        words = ("profile", self.path, out / "profiles", "--criterion", s.criterion, *inputs, *excluded)
-        words += (*device, *dtype, *batch, *memory, *trust)
-        made = (*profiles, self.inputs) if self.fitted else profiles
-        yield _ours("profile", words, (*data, *weights), made, again="ends", content=self._profiled())
-        if self.swept:
-            words = ("sweep", out / "merge.yml", out / "choose.yml", out / "sweep")
-            words += tuple(word for density in _DENSITIES for word in ("--density", density))
-            words += ("--fit", self.inputs) if self.fitted else ()
-            reads: tuple[Any, ...] = (out / "merge.yml", out / "choose.yml", *made, *held_out, *weights)
-            words += (*device, *batch, *trust)
-            chooses = ("--keep-within", f"{s.keep_within:g}")
-            yield _ours("sweep", words, reads, (out / "sweep" / "sweep.csv",), again="resumes", chooses=chooses)
-        else:
-            words = ("mask", *self.recovered, "-o", out / "mask.safetensors", "--density", s.density)
-            yield _ours("mask", words, profiles, (out / "mask.safetensors",))
-        merge = ("mergekit-yaml", str(self.config), str(self.merged), *trust)
-        reads = (self.config, *made, out / "mask.safetensors", *weights)
-        yield Step("merge", merge, reads, (self.merged / "config.json",))
-        found, results = out / "evaluation.json", (self.merged, *((self.tuned,) if s.finetune else ()))
-        made = tuple(self.merged / name for name in ("README.md", "reproduce.json"))
-        if s.finetune:  # whose card takes over what this one says of the transfer
-            yield _ours("card", ("card", self.merged, *trust), (self.config, self.merged), made, again="resumes")
-            words = ("finetune", self.merged, self.path, self.tuned, *device, *dtype, *trust)
-            reads, tuned = (self.merged, *data), (self.tuned / "config.json",)
-            yield _ours("finetune", words, reads, tuned, again="ends", content=self._profiled())
-        words = ("evaluate", *models, *results, "--abilities", self.measured, "--json", found)
-        words += (*device, *dtype, *batch, *trust)
-        yield _ours("evaluate", words, (self.measured, *held_out, *weights, *results), (found,))
-        if s.finetune:
-            words, made = ("card", self.tuned, "--evaluation", found), (self.tuned / "README.md",)
-            yield _ours("card of tuned", words, (found, self.tuned), made, again="resumes")
-        else:
-            words = ("card", self.merged, "--evaluation", found, *trust)
-            yield _ours("card", words, (self.config, found, self.merged), made, again="resumes")
-        if find_spec("matplotlib") is not None:
-            words = ("report", *profiles, "-o", out / "report")
-            yield _ours("report", words, profiles, (out / "report" / "report.html",))
-
-    def upload(self) -> Step | None:
-        """The last step, if there is one: a result that is worth it goes to the Hub."""
-        if not self.settings.push_to_hub:
-            return None
-        words = ("hf", "upload", self.settings.push_to_hub, str(self.result), "--private")
-        return Step("upload", words, (self.result, self.result / "README.md"), ())
-
-    def _profiled(self) -> dict[str, Any]:
-        """The abilities file without what is held out."""
-        content = self.file.model_dump(mode="json")
-        for own in content["abilities"].values():
-            del own["evaluate"]
-        return content
-
-    def _vocabulary(self) -> Sequence[str]:
-        """The head and the embedding, whose rows and columns would crowd out the layers."""
-        if self.settings.criterion == "activation":
-            return ()
-        trust = self.settings.trust_remote_code
-        config = read_config(self.file.target, trust_remote_code=trust)
-        return channel_layout(config, trust_remote_code=trust).vocabulary_modules
-
 
 def _unmistakable(model: str) -> str:
     """A folder's name that mergekit cannot take for one of the Hub."""
@@ -259,16 +181,6 @@ def _places_of(model: str) -> list[str]:
     parsed = parse_reference(model)
     parts = [part for part in (parsed.model, parsed.lora) if part is not None]
     return [str(Path(one.path).resolve()) if Path(one.path).is_dir() else repr(one) for one in parts]
-
-
-def _paths_of(model: str) -> Iterator[str]:
-    """Of a reference such as ``model+lora``."""
-    parsed = parse_reference(model)
-    yield from (part.path for part in (parsed.model, parsed.lora) if part is not None)
-
-
-def _ours(name: str, words: Sequence[Any], reads: Sequence[Any], writes: Sequence[Path], **more: Any) -> Step:
-    return Step(name, ("mergekit-act", *map(str, words)), reads, writes, **more)
 
 
 def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:

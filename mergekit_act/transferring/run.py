@@ -15,6 +15,7 @@ from mergekit_act.checking.summary import check_config
 from mergekit_act.files import check_writable
 from mergekit_act.logs import muted
 from mergekit_act.runs.folders import claimed
+from mergekit_act.transferring.commands import list_steps, upload
 from mergekit_act.transferring.judgement import judge, list_results
 from mergekit_act.transferring.plan import TransferPlan, TransferSettings
 from mergekit_act.transferring.repository import make_repository
@@ -54,8 +55,8 @@ def describe_transfer(path: Path, out: Path, settings: TransferSettings) -> str:
     """
     planned = TransferPlan(path, load_abilities(path), out, settings)
     planned.check()
-    upload = planned.upload()
-    commands = "\n".join(f"$ {step}" for step in (*planned.steps(), *([upload] if upload else [])))
+    last = upload(planned)
+    commands = "\n".join(f"$ {step}" for step in (*list_steps(planned), *([last] if last else [])))
     return f"{commands}\n\n{planned.describe_needs()}"
 
 
@@ -85,15 +86,15 @@ def run_transfer(path: Path, out: Path, settings: TransferSettings, *, run: Run,
             make_repository(settings.push_to_hub)
         steps = Steps(out / "transfer.json", run, echo, _described(planned))
         planned.write_inputs()
-        for step in planned.steps():
+        for step in list_steps(planned):
             if step.name == "merge" and not planned.config.exists():
                 break  # no point of the sweep is good enough
             steps.take(step)
-        result, upload = _result(planned), planned.upload()
-        if upload is not None and result.is_worth_it:
-            steps.take(upload)
-        elif upload is not None and result.model is not None:
-            echo(f"\nNot uploaded, as it is not worth it. This would:\n$ {upload}")
+        result, last = _result(planned), upload(planned)
+        if last is not None and result.is_worth_it:
+            steps.take(last)
+        elif last is not None and result.model is not None:
+            echo(f"\nNot uploaded, as it is not worth it. This would:\n$ {last}")
     return result
 
 
@@ -102,7 +103,7 @@ def _result(planned: TransferPlan) -> Transfer:
     if not planned.config.exists():
         words = "No point of the sweep recovers anything within the limit: there is nothing to publish."
         return Transfer(None, {}, "", words, is_worth_it=False)
-    evaluation = json.loads((planned.out / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = json.loads(planned.evaluation.read_text(encoding="utf-8"))
     names = {planned.target: "target", planned.ability_model: "ability model", str(planned.merged): "merged"}
     names |= {str(planned.tuned): "tuned"} if planned.settings.finetune else {}
     text, is_worth_it = judge(evaluation, planned.ability_model, str(planned.result), planned.settings.keep_within)
