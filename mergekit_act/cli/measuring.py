@@ -130,14 +130,7 @@ def _write(evaluation: Evaluation, outputs: dict[str, Path]) -> None:
     help="Every point also with its rows fitted to this file of inputs, of profile --inputs. Repeatable.",
 )
 @click.option("--per-model", is_flag=True, help="Every combination of weights, instead of one for all ability models.")
-@click.option(
-    "--keep-within",
-    type=click.FloatRange(0, 1),
-    default=0.05,
-    show_default=True,
-    metavar="SHARE",
-    help="How much of the kept abilities the best point may lose: of the likelihood of an answer token.",
-)
+@options.keep_within
 @click.option("--generate/--no-generate", default=True, show_default=True, help="Exact match too, on the frontier.")
 @click.option("--device", help="Where the target runs, such as cuda or cpu.  [default: the accelerator, if any]")
 @options.batch_tokens

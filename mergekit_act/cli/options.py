@@ -56,6 +56,14 @@ def printable(kind: str, text: str) -> Callable[..., Any]:
 
 trust = click.option("--trust-remote-code", is_flag=True, help="Run model code from the Hub (danger).")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace output files that exist.")
+keep_within = click.option(
+    "--keep-within",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    metavar="SHARE",
+    help="How much of the kept abilities may be lost: of the likelihood of an answer token.",
+)
 batch_tokens = click.option(
     "--batch-tokens",
     type=click.IntRange(min=1),

@@ -36,14 +36,7 @@ if TYPE_CHECKING:
 )
 @click.option("--density", type=float, metavar="P", help="Of each profile, with --weight; without a sweep and a fit.")
 @click.option("--weight", type=float, help="With --density.")
-@click.option(
-    "--keep-within",
-    type=click.FloatRange(0, 1),
-    default=0.05,
-    show_default=True,
-    metavar="SHARE",
-    help="How much of the kept abilities may be lost: of the likelihood of an answer token.",
-)
+@options.keep_within
 @click.option("--finetune", is_flag=True, help="Fine-tune the merged model on the profiled samples.")
 @click.option("--push-to-hub", metavar="USER/NAME", help="Upload the result, into a private repository if it is new.")
 @click.option("--yes", is_flag=True, help="Do not ask before --push-to-hub.")
