@@ -192,6 +192,23 @@ def test_what_a_killed_run_meant_to_overwrite_is_overwritten(tmp_path):
     assert given == [["mergekit-act", "mask"], *[["mergekit-act", "mask", "--overwrite"]] * 2]  # and then it is done
 
 
+def test_what_a_killed_run_left_is_overwritten(tmp_path):
+    """A step that begins anew may have written some of its files; one that goes on by itself finds them."""
+    given = []
+
+    def killed(words):
+        given.append(words[2:])
+        raise RuntimeError
+
+    for again in ("anew", "ends", "resumes"):
+        step = Step(again, ("mergekit-act", "report"), (), (tmp_path / "last.html",), again=again)
+        steps = Steps(tmp_path / "transfer.json", killed, lambda line: None)
+        for _ in range(2):
+            with contextlib.suppress(RuntimeError):
+                steps.take(step)
+    assert given == [[], ["--overwrite"], [], [], [], []]
+
+
 def test_a_dry_run_writes_nothing(abilities, tmp_path):
     result = transfer("--dry-run")
     assert result.exit_code == 0, result.output

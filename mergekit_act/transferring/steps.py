@@ -106,7 +106,8 @@ class Steps:
         digest, known = step.digest(), self._known.get(step.name)
         of_others = known is not None and (known["digest"] != digest or known.get("overwrites", False))
         there = all(path.exists() for path in step.writes)
-        overwrite = of_others if step.again == "resumes" else of_others or there
+        left = {"resumes": False, "ends": there, "anew": there or known is not None}  # by itself, on the same files
+        overwrite = of_others or left[step.again]
         can_overwrite = step.words[0] == "mergekit-act"
         begun = {"digest": digest, "chooses": list(step.chooses)}
         self._known[step.name] = begun | {"done": False, "overwrites": overwrite}  # until it is done
