@@ -356,6 +356,7 @@ def test_models_of_one_folder_name_and_loras_keep_their_own_references():
 def test_options_of_the_merge_are_on_the_card(merged):
     run("card", merged, "--random-seed", 0)
     assert "mergekit-yaml act.yml ./again --random-seed 0\n" in (merged / "README.md").read_text(encoding="utf-8")
+    assert json.loads((merged / "reproduce.json").read_text())["options"] == {"random_seed": 0}
     run("card", merged, "--random-seed", 7, "--lora-merge-cache", "/somewhere", "--trust-remote-code", "--overwrite")
     card = (merged / "README.md").read_text(encoding="utf-8")
     options = "--random-seed 7 --lora-merge-cache ./lora-cache --trust-remote-code"

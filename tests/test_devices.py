@@ -1,8 +1,8 @@
 """Devices other than the CPU, on machines that have none.
 
 Merges give the same bytes wherever mergekit is told to load, to compute and to keep tensors; there the other device is
-PyTorch's ``meta``: a tensor that is moved there has lost its numbers, and cannot be written. With a GPU, it is that. What runs models runs on
-one that stands in for an accelerator (``standin.py``).
+PyTorch's ``meta``: a tensor that is moved there has lost its numbers, and cannot be written. Where there is a GPU, it is
+CUDA. What runs models runs on one that stands in for an accelerator (``standin.py``).
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def model(name: str, nats: float, tuned: float | None = None) -> object:
     return Row(name, scores, tuned=after)
 
 
-def table(**nats: float | tuple[float, float]) -> object:
+def table(specialist: float = 2.0, **nats: tuple[float, float]) -> object:
     """The target has 3 nats, and 1 after fine-tuning; every rule's are given, or are 2 and 1."""
     from tables import Table
 
@@ -183,7 +183,7 @@ def table(**nats: float | tuple[float, float]) -> object:
     every = dict.fromkeys(names, (2.0, 1.0)) | {name.replace("_", " "): some for name, some in nats.items()}
     every["ACT, as in the paper"] = every.pop("ACT", every["ACT, as in the paper"])
     rules = [model(name, *some) for name, some in every.items()]
-    return Table(model("target", 3.0, 1.0), [model("specialist", 2.0)], rules)
+    return Table(model("target", 3.0, 1.0), [model("specialist", specialist)], rules)
 
 
 def findings(**changed: object) -> object:
@@ -241,5 +241,7 @@ def test_verdicts_on_transfers(kit):
     assert (recovers.holds, tuned.holds, specialists.holds) == (False, False, False)  # one table is enough
     assert "TIES 0.25 (-0.50 to 1.00) (1 of 2 beyond its interval)" in recovers.why
 
-    assert verdicts(ahead, ahead, table(ACT=(3.0, 1.0)))[2].holds is None  # no better than the base
+    assert verdicts(ahead, ahead, table(ACT=(3.0, 1.0)))[2].holds is False  # others are better
+    alike = dict.fromkeys(("ACT", "TIES", "DARE", "DELLA", "task arithmetic"), (3.0, 1.0))
+    assert verdicts(ahead, ahead, table(specialist=3.0, **alike))[2].holds is None  # no better than the base
     assert verdicts(ahead, ahead, table())[2].holds  # as well as the others is enough

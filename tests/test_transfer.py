@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import re
 import shlex
@@ -22,6 +23,8 @@ from merges import state_of
 from mergekit_act.cli import main
 from mergekit_act.transferring.judgement import judge, list_results
 from mergekit_act.transferring.steps import Step, Steps
+
+ON = {"device": "cpu", "of": {"target": "t", "ability_model": "a", "file": "f", "abilities": {}}}
 
 
 @pytest.fixture
@@ -142,7 +145,7 @@ def test_killed_and_given_again(abilities, tmp_path):
     begun = tmp_path / "out" / "transfer.json"
     for step in ("profile", "sweep", "merge", "evaluate"):
         process = subprocess.Popen([*command, "out", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (begun.exists() and f'"{step}"' in begun.read_text()):
+        while process.poll() is None and not (begun.exists() and step in json.loads(begun.read_text())["steps"]):
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -176,7 +179,7 @@ def test_what_a_killed_run_meant_to_overwrite_is_overwritten(tmp_path):
 
     def take(run):
         step = Step("mask", ("mergekit-act", "mask"), (tmp_path / "data",), (out,), again="resumes")
-        Steps(tmp_path / "transfer.json", run, lambda line: None).take(step)
+        Steps(tmp_path / "transfer.json", run, lambda line: None, **ON).take(step)
 
     def killed(words):
         given.append(words)
@@ -202,7 +205,7 @@ def test_what_a_killed_run_left_is_overwritten(tmp_path):
 
     for again in ("anew", "ends", "resumes"):
         step = Step(again, ("mergekit-act", "report"), (), (tmp_path / "last.html",), again=again)
-        steps = Steps(tmp_path / "transfer.json", killed, lambda line: None)
+        steps = Steps(tmp_path / "transfer.json", killed, lambda line: None, **ON)
         for _ in range(2):
             with contextlib.suppress(RuntimeError):
                 steps.take(step)
@@ -260,7 +263,7 @@ def test_what_cannot_be_done_is_told_first(abilities, tmp_path, monkeypatch):
         return result.output
 
     abilities(samples=9)
-    assert 'ability "even" has 1 held-out rows; some choose density and weight and others measure, so 2' in told()
+    assert 'ability "even" has 1 held-out rows; some choose density and weight and others measure, so 3' in told()
     (tmp_path / "twice.jsonl").write_text('{"q": "1+1", "a": "2"}\n' * 10)
     abilities(dataset="twice.jsonl", where={})
     assert "held-out samples are among the profiled ones" in told()
@@ -275,6 +278,9 @@ def test_what_cannot_be_done_is_told_first(abilities, tmp_path, monkeypatch):
     abilities()
     assert "density and weight go together" in told("--density", "0.1")
     assert "density is 1.5; expected a fraction" in told("--density", "1.5", "--weight", "1")
+    assert "weight is nan; expected a finite number" in told("--density", "0.1", "--weight", "nan")
+    assert "float16 is no dtype to fine-tune in" in told("--finetune", "--dtype", "float16")
+    assert 'device "cpu:0" cannot be chosen for fine-tuning' in told("--finetune", "--device", "cpu:0")
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as small:
         small.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
@@ -293,10 +299,44 @@ def test_a_folder_of_another_pair(abilities, tmp_path, pair_of):
     assert "out is of a transfer from " in result.output
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"of": {}, "steps": {}}'])
+def test_a_state_that_is_none(abilities, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "transfer.json").write_text(content)
+    assert "out/transfer.json is no state of a transfer by this version" in transfer().output
+
+
+def test_what_is_removed_is_made_again(abilities, tmp_path):
+    transfer("--keep-within", "0.9")
+    for name, step in (("profiles/fit/inputs.safetensors", "profile"), ("sweep/best.yml", "sweep")):
+        (tmp_path / "out" / name).unlink()
+        result = transfer("--keep-within", "0.9")
+        assert result.exit_code == 0, result.output
+        assert steps(result.output)[step]
+        assert (tmp_path / "out" / name).exists()
+
+
+def test_nothing_that_is_good_enough(abilities, tmp_path):
+    """Told each time, whatever an earlier run has left; scores are put so that every point makes it worse."""
+    assert transfer("--keep-within", "0.9").exit_code == 0
+    path = tmp_path / "out/sweep/sweep.csv"
+    scored, best = path.read_text(), (tmp_path / "out/sweep/best.yml").read_bytes()
+    header, target, *points = csv.reader(scored.splitlines())
+    place = header.index("nll:even")
+    worse = [[*point[:place], "99", *point[place + 1 :]] for point in points]
+    path.write_text("".join(",".join(line) + "\n" for line in (header, target, *worse)))
+    for _ in range(2):
+        result = transfer("--keep-within", "0.8")
+        assert result.exit_code == 1
+        assert result.output.endswith("within the limit: there is nothing to publish.\n")
+    path.write_text(scored)
+    assert transfer("--keep-within", "0.9").exit_code == 0
+    assert (tmp_path / "out/sweep/best.yml").read_bytes() == best
+
+
 def test_a_folder_of_another_file(abilities, tmp_path):
     fixed = ("--density", "0.2", "--weight", "0.5")
     assert transfer(*fixed).exit_code == 0
-    before = files(tmp_path / "out")
     (tmp_path / "abilities.yml").rename(tmp_path / "other.yml")
     other = ["transfer", "other.yml", "out", *fixed]
     assert CliRunner().invoke(main, other).exit_code == 0  # it says the same
@@ -420,6 +460,13 @@ def test_judgement_by_hand():
         "It recovers 50 % of facts; sums is worse by 0.25 nats, which is more than allowed: do not publish.",
         False,
     )
+    both = evaluation(*won)
+    lost = [one("t", "dates", "recover", 2.0), one("a", "dates", "recover", 1.0, -1.0, [-1.1, -0.9])]
+    both["results"] += [*lost, one("m", "dates", "recover", 4.0, 2.0, [1.9, 2.1])]
+    told, is_worth_it = judge(both, "a", "m", keep_within=0.2)
+    assert told.startswith("It recovers 50 % of facts; dates is worse by 2.00 nats; ")
+    assert told.endswith(": do not publish.")
+    assert not is_worth_it
     assert judged(*won, far=-0.05)[0].startswith("It recovers 1.50 nats of facts; ")
     assert judged(-0.1, -0.3, 0.1) == ("It recovers nothing that is beyond chance: do not publish.", False)
     shown = list_results(

@@ -144,12 +144,15 @@ def _merges_as_well(merged: Table) -> Claim:
     base = difference(merged.target.scores, ours.scores, "recover")
     others = [*merged.abilities, *(_row(merged, method) for method in STOCK)]
     compared = {row.name: difference(row.scores, ours.scores, "recover") for row in others}
-    as_well = base[1][0] > 0 and all(low > -KEPT for _, (low, _) in compared.values())
-    held = None if base[1][0] <= 0 <= base[1][1] else as_well
+    held = None
+    if base[1][0] > 0 and all(low > -KEPT for _, (low, _) in compared.values()):
+        held = True
+    elif base[1][1] < 0 or any(high < -KEPT for _, (_, high) in compared.values()):
+        held = False
     why = f"in nats it is better (less than 0: worse) than the base by {with_interval(*base)}" + "".join(
         f", than {name} by {with_interval(*one)}" for name, one in compared.items()
     )
-    why += f" (bar: beyond its interval better than the base, and than none of the others worse by {KEPT} nats or more)"
+    why += f" (bar: the base's interval lies above 0, and none of the others' reaches -{KEPT})"
     return Claim("It merges specialists as well as the others", held, why)
 
 

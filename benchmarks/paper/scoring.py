@@ -104,7 +104,7 @@ class Scorer:
         settings: all that the scores depend on and their keys do not name.
 
     Raises:
-        UsageError: what is there was measured with other settings.
+        UsageError: what is there was measured with other settings, files or rows.
     """
 
     def __init__(self, experiment: Experiment, folder: Path, settings: object) -> None:
@@ -116,8 +116,8 @@ class Scorer:
             self._store.write_text("".join(lines[:-1]))
             lines.pop()
         self._known: dict[str, Any] = {one["key"]: one["value"] for one in map(json.loads, lines)}
-        settings = _digest(experiment, repr((VALIDATION, experiment.recipe, settings)))
-        if self.once("settings", lambda: settings) != settings:
+        digest = _digest(experiment, repr((VALIDATION, experiment.recipe, settings)))
+        if self.once("settings", lambda: digest) != digest:
             raise click.UsageError(f"{folder} was measured with other settings or rows; name another folder")
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:

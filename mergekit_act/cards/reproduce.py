@@ -36,7 +36,7 @@ def describe_reproduction(
     """JSON: the config with copied files, their SHA-256, the models with the fingerprints they were profiled with.
 
     Args:
-        path: of the file; the versions that it names, if it is there, stay.
+        path: of the file; the versions that it names stay, unless the merge is younger.
         config: of the merge, as ``act.yml`` has it.
         masks: that it names.
         fits: setting -> the file of inputs and its copy.
@@ -47,13 +47,15 @@ def describe_reproduction(
         for role in ("target", "ability_model"):
             if isinstance(source.get(role), dict):
                 models[source[role]["model"]] = source[role]
-    versions = json.loads(path.read_text(encoding="utf-8")).get("versions") if path.is_file() else None
+    merged_at = (path.parent / "mergekit_config.yml").stat().st_mtime
+    is_of_this = path.is_file() and path.stat().st_mtime >= merged_at
+    versions = json.loads(path.read_text(encoding="utf-8")).get("versions") if is_of_this else None
     files = {mask.copy: mask.sha256 for mask in masks} | {copy: file_hash(source) for source, copy in fits.values()}
     given = {name: getattr(options, name, None) for name in OPTIONS if name != "lora_merge_cache"}
     content = {
         "format_version": 1,
         "config": config,
-        "options": {name: value for name, value in given.items() if value not in (None, False)},
+        "options": {name: value for name, value in given.items() if value is not None and value is not False},
         "files": dict(sorted(files.items())),
         "models": [models[name] for name in sorted(models)],
         "versions": versions or installed_versions("mergekit", "torch", "transformers", "safetensors"),

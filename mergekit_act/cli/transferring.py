@@ -76,7 +76,6 @@ def transfer(
         seen_by = visibility(settings.push_to_hub)
         click.confirm(f"Upload the result to {settings.push_to_hub} ({seen_by}), if it is worth it?", abort=True)
     done = run_transfer(path, out, settings, run=run, echo=echo)
-    echo(f"\n{done.results}\n\n{done.judgement}" if done.results else f"\n{done.judgement}")
     if done.model is None:
         raise SystemExit(1)
     echo(f"{done.model}")
@@ -112,7 +111,7 @@ def run_words(words: Sequence[str]) -> None:
 
     program, *arguments = words
     if program == "hf":
-        done = subprocess.run([Path(sys.executable).with_name("hf"), *arguments], check=False)
+        done = subprocess.run([sys.executable, "-m", "huggingface_hub.cli.hf", *arguments], check=False)
         if done.returncode:
             raise ValueError(f"{shlex.join(words)} failed; the same command goes on from there")
         return

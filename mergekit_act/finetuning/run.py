@@ -29,7 +29,7 @@ from mergekit_act.finetuning.trainer import DivergedError, all_finite, build_set
 from mergekit_act.models import broken_weight, check_samples_fit, load_model
 from mergekit_act.runs.folders import claimed, lock_of
 from mergekit_act.runs.processes import rank_and_count
-from mergekit_act.runs.settings import keep_settings
+from mergekit_act.runs.settings import has_settings, keep_settings
 from mergekit_act.versions import installed_versions
 from mergekit_act.wording import as_csv, one_line
 
@@ -301,7 +301,7 @@ def _claim(out: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
     """
     recipe, checkpoints = out / _RECIPE, out / _CHECKPOINTS
     remove_leftovers(recipe)
-    if overwrite:
+    if overwrite and not has_settings(recipe, settings):
         shutil.rmtree(checkpoints, ignore_errors=True)
         # There before the recipe, so that an earlier model is never taken for this recipe's.
         checkpoints.mkdir(parents=True)

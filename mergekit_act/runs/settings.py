@@ -11,7 +11,7 @@ from typing import Any
 from mergekit_act.files import write_atomically
 from mergekit_act.wording import enumerate_some
 
-__all__ = ["changed_settings", "keep_settings"]
+__all__ = ["changed_settings", "has_settings", "keep_settings"]
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -28,6 +28,14 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if old.get(name, ...) != new.get(name, ...)
     ]
     return enumerate_some(changed, "; ", most=5)
+
+
+def has_settings(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a JSON file holds these settings and no others."""
+    try:
+        return not changed_settings(json.loads(path.read_text(encoding="utf-8")), settings)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def keep_settings(path: Path, settings: Mapping[str, Any]) -> bool:

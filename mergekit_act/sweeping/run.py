@@ -29,7 +29,7 @@ from mergekit_act.logs import muted
 from mergekit_act.models import check_samples_fit, load_model
 from mergekit_act.planning import plan_merge
 from mergekit_act.runs.folders import claimed
-from mergekit_act.runs.settings import keep_settings
+from mergekit_act.runs.settings import has_settings, keep_settings
 from mergekit_act.sweeping.config import SweptConfig
 from mergekit_act.sweeping.grid import Point
 from mergekit_act.sweeping.patching import PatchedModel
@@ -305,7 +305,7 @@ def _claim(out_dir: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     """See that a folder has nothing of these names, or a sweep with these settings."""
     paths = [out_dir / name for name in FILES]
     check_free(paths, overwrite=True)  # none is a folder
-    if overwrite:
+    if overwrite and not has_settings(paths[0], settings):
         for path in paths:
             path.unlink(missing_ok=True)
     if not paths[0].exists():

@@ -60,12 +60,12 @@ class _Commands:
     def profile(self) -> Step:
         s = self.plan.settings
         excluded = tuple(word for module in self._vocabulary() for word in ("--exclude", module))
-        memory = ("--memory-budget", f"{s.memory_budget / 1e9:.12g}GB") if s.memory_budget else ()
+        memory = ("--memory-budget", f"{s.memory_budget / 1e9:.12g}GB") if s.memory_budget else ()  # changes no profile
         words = (self.plan.path, self.out / "profiles", "--criterion", s.criterion)
         words += (*(("--inputs",) if self.plan.fitted else ()), *excluded)
-        words += (*self.device, *self.dtype, *self.batch, *memory, *self.trust)
+        words += (*self.device, *self.dtype, *self.batch, *self.trust)
         reads = (*self.data, *self.weights)
-        return _ours("profile", words, reads, self.made, again="ends", content=self._profiled())
+        return _ours("profile", words, reads, self.made, again="ends", content=self._profiled(), aside=memory)
 
     def sweep(self) -> Step:
         config, abilities, folder = self.out / "merge.yml", self.out / "choose.yml", self.out / "sweep"
@@ -75,7 +75,7 @@ class _Commands:
         words += (*self.device, *self.batch, *self.trust)
         reads = (config, abilities, *self.made, *self.held_out, *self.weights)
         chooses = ("--keep-within", f"{self.plan.settings.keep_within:g}")
-        return _ours("sweep", words, reads, (folder / "sweep.csv",), again="resumes", chooses=chooses)
+        return _ours("sweep", words, reads, (self.plan.config,), again="resumes", more=chooses)
 
     def mask(self) -> Step:
         out = self.out / "mask.safetensors"
@@ -92,7 +92,7 @@ class _Commands:
         plan = self.plan
         words = (plan.merged, plan.path, plan.tuned, *self.device, *self.dtype, *self.trust)
         reads, made = (plan.merged, *self.data), (plan.tuned / "config.json",)
-        return _ours("finetune", words, reads, made, again="ends", content=self._profiled())
+        return _ours("finetune", words, reads, made, again="resumes", content=self._profiled())
 
     def evaluate(self) -> Step:
         plan = self.plan

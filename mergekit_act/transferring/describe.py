@@ -31,7 +31,7 @@ def describe_abilities(
 
     Raises:
         FileNotFoundError: a data set does not exist.
-        ValueError: two data sets have one name, or one has no such column or fewer than four rows.
+        ValueError: two data sets have one name, or one has no such column or fewer than five rows.
     """
     abilities: dict[str, Any] = {}
     for role, named in (("recover", recover), ("keep", keep)):
@@ -42,8 +42,8 @@ def describe_abilities(
                 raise ValueError(f'two data sets are called "{name}"; write an abilities file, with a name for each')
             own: dict[str, Any] = {"role": role, "dataset": dataset, "split": split, "prompt": prompt, "answer": answer}
             rows = len(load_rows(name, Ability.model_validate(own)))
-            if rows < 4:
-                raise ValueError(f"{data} has {rows} rows; expected 4 or more")
+            if rows < 5:
+                raise ValueError(f"{data} has {rows} rows; expected 5 or more")
             samples = min(_PROFILED, rows // 2)
             abilities[name] = own | {"samples": samples, "evaluate": {"samples": min(_HELD_OUT, rows - samples)}}
     return {"target": target, "ability_model": ability_model, "abilities": abilities}

@@ -54,9 +54,11 @@ def judge(evaluation: Mapping[str, Any], ability_model: str, result: str, keep_w
         is_far = own["difference_interval"][1] < 0  # or a share of the distance would say nothing
         shares.append(f"{100 * won / -own['difference']:.0f} % of {name}" if is_far else f"{won:.2f} nats of {name}")
     parts = [f"It recovers {enumerate_some(shares)}"]
-    rest = [name for name in recovered if name not in better]
+    worse = [name for name, own in recovered.items() if own[result]["nll"]["difference_interval"][0] > 0]
+    rest = [name for name in recovered if name not in (*better, *worse)]
     parts += [f"nothing beyond chance of {enumerate_some(rest)}"] if rest else []
-    too_bad = False
+    parts += [f"{name} is worse by {recovered[name][result]['nll']['difference']:.2f} nats" for name in worse]
+    too_bad = bool(worse)
     for name, own in by_ability.items():
         if own[result]["role"] == "keep":
             low, high = own[result]["nll"]["difference_interval"]

@@ -30,17 +30,18 @@ def split_held_out(file: AbilitiesFile, written: Mapping[str, Any]) -> tuple[dic
 
     Raises:
         FileNotFoundError: a data set does not exist.
-        ValueError: an ability has fewer than two held-out rows (with ``balance``, of each value).
+        ValueError: an ability has fewer than three held-out rows (with ``balance``, two of each value).
     """
     parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for name, ability in file.abilities.items():
         offset, count, kinds = _held_out_rows(name, ability.held_out())
         first = max(1, round(_CHOOSE * count / kinds)) * kinds
         rest = (count - first) // kinds * kinds
-        if rest < kinds or count < 2 * kinds:
+        needed = max(3, 2 * kinds)
+        if rest < kinds or count < needed:
             raise ValueError(
                 f'ability "{name}" has {max(count, 0)} held-out rows; some choose density and weight and others '
-                f'measure, so {2 * kinds} or more are needed ("samples" and "evaluate" say which rows are what)'
+                f'measure, so {needed} or more are needed ("samples" and "evaluate" say which rows are what)'
             )
         own = written["abilities"][name]
         for part, begin, samples in ((parts[0], offset, first), (parts[1], offset + first, rest)):

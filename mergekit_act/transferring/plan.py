@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from mergekit_act.checkpoints import parse_reference, read_config
 from mergekit_act.devices import default_dtype, usable_device
 from mergekit_act.evaluation import collect_held_out
 from mergekit_act.files import write_atomically
+from mergekit_act.finetuning.recipe import choose_device
 from mergekit_act.logs import muted
 from mergekit_act.selection import validate_density
 from mergekit_act.sweeping import Grid
@@ -38,7 +40,7 @@ class TransferSettings:
         criterion: by which channels are scored.
         density: of each profile; None lets a sweep choose, as for the weight.
         weight: on the changes.
-        keep_within: share of the likelihood of a kept answer token that the sweep's choice may lose.
+        keep_within: share of the likelihood of a kept answer token that may be lost.
         finetune: whether the merged model is fine-tuned on the profiled samples.
         push_to_hub: the repository that the result is uploaded to; None for none.
         device: where models run; None takes the accelerator if there is one.
@@ -104,6 +106,8 @@ class TransferPlan:
             raise ValueError("density and weight go together: give both, or neither to let a sweep choose")
         if self.settings.density is not None:
             validate_density(self.settings.density)
+        if self.settings.weight is not None and not (math.isfinite(self.settings.weight) and self.settings.weight):
+            raise ValueError(f"weight is {self.settings.weight}; expected a finite number other than 0")
         if not self.recovered:
             raise ValueError(f'{self.path}: no ability has "role: recover", so there is nothing to transfer')
         if _places_of(self.target) == _places_of(self.ability_model):
@@ -112,12 +116,22 @@ class TransferPlan:
             raise ValueError('fine-tuning needs TRL: pip install "mergekit-act[finetune]"')
         for model in (self.target, self.ability_model):
             read_config(model, trust_remote_code=self.settings.trust_remote_code)
-        parts = split_held_out(self.file, read_yaml(self.path, "abilities file"))
+        usable_device(self.settings.device)
+        if self.settings.finetune:
+            choose_device(self.settings.device)
+            if self.settings.dtype not in (None, "float32", "bfloat16"):
+                raise ValueError(f"{self.settings.dtype} is no dtype to fine-tune in; expected float32 or bfloat16")
+        written = read_yaml(self.path, "abilities file")
+        parts = split_held_out(self.file, written) if self.swept else (written, written)
         tokenizers = Tokenizers(self.target, self.ability_model, self.settings.trust_remote_code)
         with muted("mergekit_act"):  # the steps tell what there is to tell
             choose, measure = (collect_held_out(AbilitiesFile(**part), tokenizers) for part in parts)
             for one in (*choose, *measure):
                 one.check(generate=True)
+        for few in (one for one in measure if len(one.samples) < 2):
+            raise ValueError(
+                f'ability "{few.ability}" has a single sample that measures; two are needed for an interval'
+            )
         if self.swept:
             check_apart(choose, measure)
         self._parts = parts
@@ -127,7 +141,7 @@ class TransferPlan:
         )
         existing = next(folder for folder in (self.out, *self.out.resolve().parents) if folder.exists())
         free = shutil.disk_usage(existing).free
-        if self.needs.disk > free and not self.merged.exists():
+        if self.needs.disk > free and not self.result.exists():
             raise OSError(
                 f"{escape(existing)} has {show_bytes(free)} free, and {show_bytes(self.needs.disk)} are needed; choose "
                 "another place"

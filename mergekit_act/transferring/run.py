@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.options import MergeOptions
 
 from mergekit_act.abilities import load_abilities
 from mergekit_act.checking.summary import check_config
+from mergekit_act.devices import usable_device
 from mergekit_act.files import check_writable
 from mergekit_act.logs import muted
 from mergekit_act.runs.folders import claimed
@@ -19,7 +21,7 @@ from mergekit_act.transferring.commands import list_steps, upload
 from mergekit_act.transferring.judgement import judge, list_results
 from mergekit_act.transferring.plan import TransferPlan, TransferSettings
 from mergekit_act.transferring.repository import make_repository
-from mergekit_act.transferring.steps import Echo, Run, Steps
+from mergekit_act.transferring.steps import Echo, Run, Steps, read_state
 from mergekit_act.wording import escape, percent
 from mergekit_act.yaml_files import read_yaml
 
@@ -72,6 +74,7 @@ def run_transfer(path: Path, out: Path, settings: TransferSettings, *, run: Run,
 
     Raises:
         FileNotFoundError: the file, a model or a data set does not exist.
+        FileExistsError: the folder has files of something else.
         BlockingIOError: another transfer is at work in the folder.
         OSError: the disk is too small.
         ValueError: the models are one, there are too few held-out rows, the folder is of another transfer, or the Hub
@@ -84,15 +87,18 @@ def run_transfer(path: Path, out: Path, settings: TransferSettings, *, run: Run,
         _claim(planned)
         if settings.push_to_hub:
             make_repository(settings.push_to_hub)
-        steps = Steps(out / "transfer.json", run, echo, _described(planned))
+        device = torch.device(usable_device(settings.device)).type
+        steps = Steps(out / "transfer.json", run, echo, device=device, of=_described(planned))
         planned.write_inputs()
         for step in list_steps(planned):
             if step.name == "merge" and not planned.config.exists():
                 break  # no point of the sweep is good enough
             steps.take(step)
         result, last = _result(planned), upload(planned)
+        echo("\n" + "\n\n".join(part for part in (result.results, result.judgement) if part))
         if last is not None and result.is_worth_it:
-            steps.take(last)
+            echo(f"\n$ {last}")
+            run(last.command)  # every time: what the Hub has is not sent again
         elif last is not None and result.model is not None:
             echo(f"\nNot uploaded, as it is not worth it. This would:\n$ {last}")
     return result
@@ -138,7 +144,7 @@ def _claim(planned: TransferPlan) -> None:
         if any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise FileExistsError(f"{escape(out)} has files of something else; name another folder")
         return
-    before = json.loads((out / "transfer.json").read_text(encoding="utf-8"))["of"]
+    before = read_state(out / "transfer.json")["of"]
     is_same_file = before["file"] == own["file"] or before["abilities"] == own["abilities"]
     if not is_same_file or any(before[model] != own[model] for model in ("target", "ability_model")):
         raise ValueError(

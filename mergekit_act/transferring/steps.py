@@ -16,9 +16,12 @@ import torch
 from mergekit_act.files import file_hash, file_state, write_atomically
 from mergekit_act.versions import installed_versions
 
-__all__ = ["Step", "Steps"]
+__all__ = ["Step", "Steps", "read_state"]
 
 _OF_A_MODEL = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "tokenizer*", "chat_template*")
+
+_OF = {"target", "ability_model", "file", "abilities"}
+_STEP = {"digest", "device", "more", "done", "overwrites"}
 
 Echo = Callable[[str], None]
 Run = Callable[[Sequence[str]], None]
@@ -30,13 +33,14 @@ class Step:
 
     Attributes:
         name: of the step.
-        words: the command, as a user gives it, but for ``chooses``.
+        words: the command, as a user gives it, but for ``more`` and ``aside``.
         reads: files and models that its result depends on; names of the Hub count by themselves.
         writes: files that are there once it is done.
         again: whether it goes on by itself after an interruption (``resumes``), refuses once it is done (``ends``), or
-            begins anew in any case; it is told to overwrite what is of other inputs.
+            begins anew in any case; it is told to overwrite what is of other inputs, and keeps what is of these.
         content: of a file that is not read as a whole, what is.
-        chooses: more words, that only choose among what the step has measured: with others it goes on from there.
+        more: further words, that only choose among what the step has measured: with others it goes on from there.
+        aside: further words, on which no result depends.
     """
 
     name: str
@@ -45,7 +49,8 @@ class Step:
     writes: Sequence[Path]
     again: Literal["resumes", "ends", "anew"] = "anew"
     content: Any = None
-    chooses: Sequence[str] = ()
+    more: Sequence[str] = ()
+    aside: Sequence[str] = ()
 
     def __str__(self) -> str:
         return shlex.join(self.command)
@@ -53,10 +58,10 @@ class Step:
     @property
     def command(self) -> list[str]:
         """All its words."""
-        return [*map(str, self.words), *self.chooses]
+        return [*map(str, self.words), *self.more, *self.aside]
 
     def digest(self) -> str:
-        """Of the command, without what only chooses, and of all that it reads."""
+        """Of ``words``, and of all that they read."""
         given = [*map(str, self.words), installed_versions("mergekit", "torch", "transformers"), self.content]
         found = hashlib.sha256(json.dumps(given, default=str).encode())
         for name in self.reads:
@@ -75,6 +80,22 @@ def _state(path: Path) -> Any:
     return str(path)
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """What a transfer has kept of itself: what it is ``of``, and its ``steps``.
+
+    Raises:
+        ValueError: the file is none of this version.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        is_ours = content["of"].keys() >= _OF and all(one.keys() >= _STEP for one in content["steps"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise ValueError(f"{path} is no state of a transfer by this version; name another folder")
+    return content
+
+
 class Steps:
     """Runs steps, and knows what was run before.
 
@@ -82,19 +103,19 @@ class Steps:
         path: a JSON file that says of each step what it was run on.
         run: runs a command.
         echo: prints a line.
-        of: what the steps are of, for the file; None leaves what it says.
+        device: where models run, which unfinished work depends on.
+        of: what the steps are of, for the file.
     """
 
-    def __init__(self, path: Path, run: Run, echo: Echo, of: Mapping[str, Any] | None = None) -> None:
-        self._path, self._run, self._echo = path, run, echo
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"of": {}, "steps": {}}
-        self._of, self._known = content["of"] if of is None else of, content["steps"]
+    def __init__(self, path: Path, run: Run, echo: Echo, *, device: str, of: Mapping[str, Any]) -> None:
+        self._path, self._run, self._echo, self._device, self._of = path, run, echo, device, of
+        self._known = read_state(path)["steps"] if path.exists() else {}
         self._write()
 
     def is_done(self, step: Step) -> bool:
         """Whether it was run to its end on what it reads now, and chose as it would."""
         known = self._known.get(step.name, {"done": False})
-        if not known["done"] or known["chooses"] != list(step.chooses):
+        if not known["done"] or known["more"] != list(step.more):
             return False
         return known["digest"] == step.digest() and all(path.exists() for path in step.writes)
 
@@ -104,18 +125,22 @@ class Steps:
             self._echo(f"\n$ {step}\n  done before, from the same files")
             return
         digest, known = step.digest(), self._known.get(step.name)
-        of_others = known is not None and (known["digest"] != digest or known.get("overwrites", False))
-        there = all(path.exists() for path in step.writes)
-        left = {"resumes": False, "ends": there, "anew": there or known is not None}  # by itself, on the same files
-        overwrite = of_others or left[step.again]
+        begun: dict[str, Any] = {"digest": digest, "device": self._device}
+        of_others = known is not None and (any(known[name] != begun[name] for name in begun) or known["overwrites"])
+        is_left = {  # by this step, on the same files
+            "resumes": False,
+            "ends": (known is not None and known["done"]) or all(path.exists() for path in step.writes),
+            "anew": known is not None or all(path.exists() for path in step.writes),
+        }
+        overwrite = of_others or is_left[step.again]
         can_overwrite = step.words[0] == "mergekit-act"
-        begun = {"digest": digest, "chooses": list(step.chooses)}
+        begun |= {"more": list(step.more)}
         self._known[step.name] = begun | {"done": False, "overwrites": overwrite}  # until it is done
         self._write()
         words = [*step.command, *(["--overwrite"] if overwrite and can_overwrite else [])]
         self._echo(f"\n$ {shlex.join(words)}")
         self._run(words)
-        self._known[step.name] = begun | {"done": True}
+        self._known[step.name] = begun | {"done": True, "overwrites": False}
         self._write()
         gc.collect()
         if torch.cuda.is_available():
