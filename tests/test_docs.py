@@ -109,6 +109,12 @@ def working_directory(tmp_path, monkeypatch):
     (tmp_path / "MegaScience/MegaScience/train.jsonl").write_text("".join(lines))
     (tmp_path / "science.jsonl").write_text("".join(lines[:18]))
     (tmp_path / "math.jsonl").write_text("".join(lines[18:]))
+    (tmp_path / "openai/gsm8k").mkdir(parents=True)
+    for split, some in (("train", lines[18:27]), ("test", lines[27:])):
+        (tmp_path / f"openai/gsm8k/{split}.jsonl").write_text("".join(some))
+    example = (ROOT / "example_configs/abilities-evaluation.yml").read_text()
+    example = re.sub(r"^ *name: main\n", "", example, flags=re.MULTILINE)
+    (tmp_path / "abilities-evaluation.yml").write_text(re.sub(r"samples: \d+", "samples: 6", example))
     for block in blocks(README, "yaml"):
         block = block.replace(" Qwen/", f" {tmp_path}/Qwen/")  # mergekit would ask the Hub for it
         name = "abilities.yml" if block.startswith("target:") else "act.yml"
@@ -120,7 +126,7 @@ def working_directory(tmp_path, monkeypatch):
 
 def test_the_paths_that_the_readme_and_the_guide_show(working_directory):
     """Word for word: the whole path as one command and in steps, and what comes after it."""
-    guide = [PAGES[Path(f"docs/guide/{name}.md")] for name in ("choosing", "report", "sharing")]
+    guide = [PAGES[Path(f"docs/guide/{name}.md")] for name in ("criteria", "choosing", "report", "sharing")]
     shown = [words for text in (README, *guide) for words in commands(text)]
     run = []
     for words in shown:
@@ -135,7 +141,8 @@ def test_the_paths_that_the_readme_and_the_guide_show(working_directory):
             continue
         assert result.exit_code == 0, (words, result.output, result.exception)
         run.append(words[1])
-    assert run == ["transfer", "profile", "mask", "act.yml", "evaluate", "finetune", "report", "card"]
+    guides = ["profile", "mask", "evaluate", "finetune", "report", "card"]
+    assert run == ["transfer", "profile", "mask", "act.yml", *guides]
 
 
 def test_python_runs(working_directory, capsys):
@@ -155,10 +162,6 @@ def test_python_runs(working_directory, capsys):
 def test_the_notebook_runs(working_directory):
     """Its cells, with tiny models and data; a budget that tiny models fit anyway."""
     notebook = json.loads((ROOT / "notebooks/transfer.ipynb").read_text(encoding="utf-8"))
-    (working_directory / "openai/gsm8k").mkdir(parents=True)
-    rows = (working_directory / "math.jsonl").read_text().splitlines(keepends=True)
-    for split, some in (("train", rows[:9]), ("test", rows[9:])):
-        (working_directory / f"openai/gsm8k/{split}.jsonl").write_text("".join(some))
     names: dict[str, object] = {}
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
