@@ -32,11 +32,13 @@ class Needs:
 
     Attributes:
         disk: bytes that are written.
+        fetched: bytes that the Hub's cache gets.
         parameters: of the target.
         remarks: what is fetched first, a sentence each.
     """
 
     disk: int
+    fetched: int
     parameters: int
     remarks: Sequence[str]
 
@@ -50,13 +52,14 @@ def estimate_needs(file: AbilitiesFile, *, finetune: bool, lora_merge_cache: str
     target, ability_model = (parse_reference(model) for model in (file.target, file.ability_model))
     options = MergeOptions(lora_merge_cache=lora_merge_cache, trust_remote_code=trust)
     with only_headers({target, ability_model}, options) as remarks:
-        headers = open_loaded(target, trust_remote_code=trust).headers.values()
-        size = sum(header.size for header in headers)
-        parameters = sum(torch.Size(header.shape).numel() for header in headers)
+        opened = [open_loaded(model, trust_remote_code=trust) for model in (target, ability_model)]
+        sizes = [sum(header.size for header in one.headers.values()) for one in opened]
+        parameters = sum(torch.Size(header.shape).numel() for header in opened[0].headers.values())
+        fetched = sum(size for one, size in zip(opened, sizes, strict=True) if not one.folder.exists())
     settings = TrainingSettings()
     samples = sum(one.samples for one in file.abilities.values())
     training = bytes_needed(parameters, Recipe(), ceil(samples / Recipe().batch_size), settings.save_steps)
-    return Needs(disk=size + (training if finetune else 0), parameters=parameters, remarks=remarks)
+    return Needs(sizes[0] + (training if finetune else 0), fetched, parameters, remarks)
 
 
 def estimate_seconds(

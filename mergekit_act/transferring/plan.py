@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from mergekit_act.abilities import AbilitiesFile, Tokenizers
 from mergekit_act.checkpoints import parse_reference, read_config
@@ -139,13 +140,21 @@ class TransferPlan:
         self.needs = estimate_needs(
             self.file, finetune=s.finetune, lora_merge_cache=s.lora_merge_cache, trust=s.trust_remote_code
         )
-        existing = next(folder for folder in (self.out, *self.out.resolve().parents) if folder.exists())
-        free = shutil.disk_usage(existing).free
-        if self.needs.disk > free and not self.result.exists():
-            raise OSError(
-                f"{escape(existing)} has {show_bytes(free)} free, and {show_bytes(self.needs.disk)} are needed; choose "
-                "another place"
-            )
+        if not self.result.exists():
+            self._check_disk()
+
+    def _check_disk(self) -> None:
+        wanted: dict[int, tuple[Path, int]] = {}  # of each device
+        for folder, size in ((self.out, self.needs.disk), (Path(HF_HUB_CACHE), self.needs.fetched)):
+            existing = next(one for one in (folder.resolve(), *folder.resolve().parents) if one.exists())
+            device = existing.stat().st_dev
+            place, before = wanted.get(device, (existing, 0))
+            wanted[device] = (place, before + size)
+        for place, size in wanted.values():
+            free = shutil.disk_usage(place).free
+            if size > free:
+                has, needed = show_bytes(free), show_bytes(size)
+                raise OSError(f"{escape(place)} has {has} free, and {needed} are needed; choose another place")
 
     def describe_needs(self) -> str:
         """Time, memory and disk, for people."""
