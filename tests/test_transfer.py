@@ -263,7 +263,7 @@ def test_what_cannot_be_done_is_told_first(abilities, tmp_path, monkeypatch):
         return result.output
 
     abilities(samples=9)
-    assert 'ability "even" has 1 held-out rows; some choose density and weight and others measure, so 3' in told()
+    assert 'ability "even" has 1 held-out rows of 10; some choose density and weight and others measure, so 3' in told()
     (tmp_path / "twice.jsonl").write_text('{"q": "1+1", "a": "2"}\n' * 10)
     abilities(dataset="twice.jsonl", where={})
     assert "held-out samples are among the profiled ones" in told()
@@ -358,6 +358,7 @@ def test_fine_tuned(abilities, tmp_path):
     result = transfer(*fixed, "--finetune", "--device", "cpu")
     assert result.exit_code == 0, (result.output, result.exception)
     assert list(steps(result.output)) == ["profile", "mask", "card", "finetune", "evaluate", "report"]
+    assert "## Evaluation" in (tmp_path / "out/merged/README.md").read_text()
     card = (tmp_path / "out/tuned/README.md").read_text()
     assert "## Before the fine-tuning: Transferred abilities" in card
     assert "| this model |" in card
@@ -373,6 +374,7 @@ def test_without_a_file(pair_of, sums_file, tmp_path, monkeypatch):
     assert result.exit_code == 0, (result.output, result.exception)
     assert "$ mergekit-act profile out.yml out/profiles " in result.output
     assert "time: about " in result.output
+    assert result.output.startswith("wrote out.yml\n")
     own = yaml.safe_load((tmp_path / "out.yml").read_text())["abilities"]["sums"]
     assert own | {"samples": 10, "evaluate": {"samples": 10}, "dataset": str(sums_file), "role": "recover"} == own
     other = CliRunner().invoke(main, ["transfer", "out", *pair, "--recover", str(sums_file), "--keep", str(sums_file)])
@@ -381,6 +383,34 @@ def test_without_a_file(pair_of, sums_file, tmp_path, monkeypatch):
         result = CliRunner().invoke(main, ["transfer", *words])
         assert result.exit_code == 2
         assert "give ABILITIES.yml and OUT; or OUT alone, and --target, --ability-model" in result.output
+
+
+def test_the_file_that_options_write(pair_of, tmp_path, monkeypatch):
+    """What a mistake or less data has left is written anew; what was edited, or is of another transfer, is not."""
+    monkeypatch.chdir(tmp_path)
+    target, ability_model = map(str, pair_of("qwen2"))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"q": f"{n}+1", "a": str(n)}) + "\n" for n in range(20)))
+    pair = ["--target", target, "--ability-model", ability_model, "--recover", "data.jsonl", "--answer", "a"]
+
+    def told(column, *more):
+        result = CliRunner().invoke(main, ["transfer", "out", *pair, "--prompt", column, *more])
+        return result.exit_code, result.output
+
+    assert told("qq")[0] == 1
+    fixed = ("--density", "0.2", "--weight", "0.5", "--dry-run")
+    assert told("q", *fixed)[1].startswith("wrote out.yml\n")
+    assert told("q", *fixed[:-1])[0] == 0
+    code, output = told("{q}", *fixed)
+    assert code == 1
+    assert "out.yml says something else than the options (abilities.data.prompt was q, is {q})" in output
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write('{"q": "30+1", "a": "31"}\n{"q": "31+1", "a": "32"}\n')
+    assert told("q", *fixed)[1].startswith("wrote out.yml\n")
+    text = (tmp_path / "out.yml").read_text()
+    (tmp_path / "out.yml").write_text(text.replace("samples: 11", "samples: 5"))
+    code, output = told("q", *fixed)
+    assert code == 1
+    assert "(it was edited); give out.yml in place of them" in output
 
 
 def test_models_that_cannot_be_reached(abilities, tmp_path):
@@ -435,7 +465,7 @@ def test_what_is_not_worth_it_is_not_uploaded(abilities, tmp_path):
 def test_judgement_by_hand():
     def one(model, ability, role, value, difference=None, interval=None):
         nll = {"value": value, "difference": difference, "difference_interval": interval}
-        return {"model": model, "ability": ability, "role": role, "nll": nll, "exact_match": None}
+        return {"model": model, "ability": ability, "role": role, "samples": 100, "nll": nll, "exact_match": None}
 
     def evaluation(gain, low, high, cost=0.0, far=-3.0):
         facts = [
@@ -454,22 +484,41 @@ def test_judgement_by_hand():
         return judge(evaluation(*numbers, **more), "a", "m", keep_within=0.2)
 
     won = (-1.5, -1.7, -1.3)
-    assert judged(*won) == ("It recovers 50 % of facts; sums has not changed beyond chance.", True)
-    assert judged(*won, 0.2) == ("It recovers 50 % of facts; sums is worse by 0.20 nats.", True)  # exp(-0.2) is 0.82
+    assert judged(*won) == ("It recovers 50 % of the nats of facts; sums has not changed beyond chance.", True)
+    assert judged(*won, 0.2) == (
+        "It recovers 50 % of the nats of facts; sums is worse by 0.20 nats.",
+        True,
+    )  # exp(-0.2) is 0.82
     assert judged(*won, 0.25) == (
-        "It recovers 50 % of facts; sums is worse by 0.25 nats, which is more than allowed: do not publish.",
+        "It recovers 50 % of the nats of facts; sums is worse by 0.25 nats, which is more than allowed: do not publish.",
         False,
     )
     both = evaluation(*won)
     lost = [one("t", "dates", "recover", 2.0), one("a", "dates", "recover", 1.0, -1.0, [-1.1, -0.9])]
     both["results"] += [*lost, one("m", "dates", "recover", 4.0, 2.0, [1.9, 2.1])]
     told, is_worth_it = judge(both, "a", "m", keep_within=0.2)
-    assert told.startswith("It recovers 50 % of facts; dates is worse by 2.00 nats; ")
+    assert told.startswith("It recovers 50 % of the nats of facts; dates is worse by 2.00 nats; ")
     assert told.endswith(": do not publish.")
     assert not is_worth_it
     assert judged(*won, far=-0.05)[0].startswith("It recovers 1.50 nats of facts; ")
     assert judged(-0.1, -0.3, 0.1) == ("It recovers nothing that is beyond chance: do not publish.", False)
+    assert judged(-0.1, -0.3, 0.1, far=2.0)[0].endswith(" The ability model is worse than the target on facts.")
+    small = evaluation(*won)
+    small["results"] = [result | {"samples": 12} for result in small["results"]]
+    assert judge(small, "a", "m", 0.2)[0].endswith(" These are few samples: 12 of facts, 12 of sums.")
     shown = list_results(
         evaluation(-1.5, -1.7, -1.3), {"t": "target", "a": "ability model", "m": "merged"}
     ).splitlines()
-    assert shown[1].split() == ["facts,", "to", "recover", "4.00", "1.00", "2.50", "-1.50", "(-1.70", "to", "-1.30)"]
+    assert shown[1].split() == [
+        "facts,",
+        "to",
+        "recover",
+        "100",
+        "4.00",
+        "1.00",
+        "2.50",
+        "-1.50",
+        "(-1.70",
+        "to",
+        "-1.30)",
+    ]

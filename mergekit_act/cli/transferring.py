@@ -90,18 +90,17 @@ def _abilities_file(files: Sequence[Path], out: Path, pair: Mapping[str, Any]) -
     if files or not all(pair[name] for name in needed):
         options_needed = ", ".join(f"--{name.replace('_', '-')}" for name in needed)
         raise click.UsageError(f"give ABILITIES.yml and OUT; or OUT alone, and {options_needed}")
-    import yaml
-
     from mergekit_act.files import write_atomically
-    from mergekit_act.transferring.describe import describe_abilities
+    from mergekit_act.transferring.describe import check_replaceable, describe_abilities, write_described
 
     path = out.with_name(f"{out.name}.yml")
-    text = yaml.safe_dump(describe_abilities(**pair), sort_keys=False, allow_unicode=True)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path} says something else than the options; give it in their place, or remove it")
-    if not path.exists():
-        write_atomically(path, text.encode())
-        echo(path)
+    content = describe_abilities(**pair)
+    if path.exists():
+        check_replaceable(path, content, begun=(out / "transfer.json").exists())
+    text = write_described(content)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_atomically(path, text.encode(), overwrite=True)
+        echo(f"wrote {path}")
     return path
 
 

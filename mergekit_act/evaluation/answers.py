@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -127,11 +128,16 @@ def _new_tokens(model: Any, held_out: HeldOut) -> int:
         raise ValueError(
             f'ability "{held_out.ability}" has a prompt of {longest} tokens; the model has {room} positions'
         )
+    _tell_shortened(held_out.ability, held_out.max_new_tokens, room, longest)
+    return room - longest
+
+
+@lru_cache  # a sweep generates many times
+def _tell_shortened(ability: str, wanted: int, room: int, longest: int) -> None:
     LOG.warning(
         'ability "%s": answers end after %d tokens, not %d: the model has %d positions, the longest prompt %d tokens',
-        held_out.ability, room - longest, held_out.max_new_tokens, room, longest,
+        ability, room - longest, wanted, room, longest,
     )  # fmt: skip
-    return room - longest
 
 
 def _answer_losses(model: Any, batch: MicroBatch) -> Tensor:

@@ -22,10 +22,12 @@ def list_steps(plan: TransferPlan) -> Iterator[Step]:
     yield commands.sweep() if plan.swept else commands.mask()
     yield commands.merge()
     if plan.settings.finetune:
-        yield commands.card()  # the card of the model that is trained takes over what it says of the transfer
+        yield commands.card(name="card before")  # the tuned model's takes over what it says of the transfer
         yield commands.finetune()
     yield commands.evaluate()
-    yield commands.card_of_result()
+    yield commands.card(plan.evaluation)
+    if plan.settings.finetune:
+        yield commands.card_of_tuned()
     if find_spec("matplotlib") is not None:
         yield commands.report()
 
@@ -102,16 +104,14 @@ class _Commands:
         reads = (plan.measured, *self.held_out, *self.weights, *results)
         return _ours("evaluate", words, reads, (plan.evaluation,))
 
-    def card(self, *evaluation: Path) -> Step:
+    def card(self, *evaluation: Path, name: str = "card") -> Step:
         plan = self.plan
         words = (plan.merged, *(("--evaluation", *evaluation) if evaluation else ()), *self.trust)
         made = tuple(plan.merged / name for name in ("README.md", "reproduce.json"))
-        return _ours("card", words, (plan.config, plan.merged, *evaluation), made, again="resumes")
+        return _ours("card", words, (plan.config, plan.merged, *evaluation), made, again="resumes", name=name)
 
-    def card_of_result(self) -> Step:
+    def card_of_tuned(self) -> Step:
         plan = self.plan
-        if not plan.settings.finetune:
-            return self.card(plan.evaluation)
         words, reads = (plan.tuned, "--evaluation", plan.evaluation), (plan.evaluation, plan.tuned)
         return _ours("card", words, reads, (plan.tuned / "README.md",), again="resumes", name="card of tuned")
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mergekit_act.data.rows import load_rows
 from mergekit_act.data.schema import Ability
+from mergekit_act.runs.settings import changed_settings
+from mergekit_act.yaml_files import read_yaml
 
-__all__ = ["describe_abilities"]
+__all__ = ["check_replaceable", "describe_abilities", "write_described"]
 
 _PROFILED, _HELD_OUT = 1500, 500  # at most; of fewer rows half
 
@@ -47,6 +52,44 @@ def describe_abilities(
             samples = min(_PROFILED, rows // 2)
             abilities[name] = own | {"samples": samples, "evaluate": {"samples": min(_HELD_OUT, rows - samples)}}
     return {"target": target, "ability_model": ability_model, "abilities": abilities}
+
+
+def write_described(content: Mapping[str, Any]) -> str:
+    """The file's text, whose first line knows the others."""
+    return _signed(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+def _signed(body: str) -> str:
+    digest = hashlib.sha256(body.encode()).hexdigest()[:8]
+    return f"# By mergekit-act transfer, from its options ({digest}); edited, it goes in place of them.\n{body}"
+
+
+def check_replaceable(path: Path, content: Mapping[str, Any], *, begun: bool) -> None:
+    """See that a file was written from options and not edited, and is of the same transfer if that has begun.
+
+    Args:
+        path: of the file that is there.
+        content: that it is to have.
+        begun: whether a transfer by it has begun; then only the numbers of rows may be others, of data that has grown.
+
+    Raises:
+        ValueError: it is another file, and how it differs.
+    """
+    before = read_yaml(path, "abilities file")
+    changed = changed_settings(_without_counts(before), _without_counts(content))
+    text = path.read_text(encoding="utf-8")
+    is_edited = text != _signed(text.partition("\n")[2])
+    if (changed and (begun or is_edited)) or (is_edited and before != content):
+        told = changed or "it was edited"
+        raise ValueError(
+            f"{path} says something else than the options ({told}); give {path} in place of them, or name another OUT"
+        )
+
+
+def _without_counts(content: Any) -> Any:
+    if not isinstance(content, Mapping):
+        return content
+    return {name: _without_counts(value) for name, value in content.items() if name != "samples"}
 
 
 def _split_of(data: str) -> tuple[str, str]:

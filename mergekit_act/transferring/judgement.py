@@ -10,6 +10,8 @@ from mergekit_act.wording import enumerate_some, table
 
 __all__ = ["judge", "list_results"]
 
+_FEW = 30  # samples
+
 
 def list_results(evaluation: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """A table of abilities: nats per answer token of each model, the last one's change with its interval.
@@ -25,11 +27,16 @@ def list_results(evaluation: Mapping[str, Any], names: Mapping[str, str]) -> str
         *_, last = (own[model] for model in names)
         low, high = last["nll"]["difference_interval"]
         change = f"{last['nll']['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
-        line = [f"{ability}, to {last['role']}", *(f"{own[model]['nll']['value']:.2f}" for model in names), change]
+        line = [
+            f"{ability}, to {last['role']}",
+            f"{last['samples']}",
+            *(f"{own[model]['nll']['value']:.2f}" for model in names),
+            change,
+        ]
         if with_answers:
             line += [" / ".join(f"{100 * own[model]['exact_match']['value']:.0f} %" for model in names)]
         lines.append(line)
-    header = ["nats per answer token (less is better)", *names.values(), "change (95 %)"]
+    header = ["nats per answer token (less is better)", "samples", *names.values(), "change (95 %)"]
     return table([*header, *([f"right: {' / '.join(names.values())}"] if with_answers else [])], lines)
 
 
@@ -45,14 +52,17 @@ def judge(evaluation: Mapping[str, Any], ability_model: str, result: str, keep_w
     by_ability = _by_ability(evaluation)
     recovered = {name: own for name, own in by_ability.items() if own[result]["role"] == "recover"}
     better = [name for name, own in recovered.items() if own[result]["nll"]["difference_interval"][1] < 0]
+    swapped = [name for name, own in recovered.items() if own[ability_model]["nll"]["difference_interval"][0] > 0]
     if not better:
-        return "It recovers nothing that is beyond chance: do not publish.", False
+        why = f" The ability model is worse than the target on {enumerate_some(swapped)}." if swapped else ""
+        return f"It recovers nothing that is beyond chance: do not publish.{why}", False
     shares = []
     for name in better:
         own = recovered[name][ability_model]["nll"]
         won = -recovered[name][result]["nll"]["difference"]
         is_far = own["difference_interval"][1] < 0  # or a share of the distance would say nothing
-        shares.append(f"{100 * won / -own['difference']:.0f} % of {name}" if is_far else f"{won:.2f} nats of {name}")
+        share = f"{100 * won / -own['difference']:.0f} % of the nats" if is_far else f"{won:.2f} nats"
+        shares.append(f"{share} of {name}")
     parts = [f"It recovers {enumerate_some(shares)}"]
     worse = [name for name, own in recovered.items() if own[result]["nll"]["difference_interval"][0] > 0]
     rest = [name for name in recovered if name not in (*better, *worse)]
@@ -68,7 +78,9 @@ def judge(evaluation: Mapping[str, Any], ability_model: str, result: str, keep_w
             how = f"is {'worse' if change > 0 else 'better'} by {abs(change):.2f} nats"
             how += ", which is more than allowed" if is_too_much else ""
             parts.append(f"{name} {how if is_sure else 'has not changed beyond chance'}")
-    return "; ".join(parts) + (": do not publish." if too_bad else "."), not too_bad
+    few = [f"{own[result]['samples']} of {name}" for name, own in by_ability.items() if own[result]["samples"] < _FEW]
+    caution = f" These are few samples: {enumerate_some(few)}." if few else ""
+    return "; ".join(parts) + (": do not publish." if too_bad else ".") + caution, not too_bad
 
 
 def _by_ability(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -34,14 +34,15 @@ def split_held_out(file: AbilitiesFile, written: Mapping[str, Any]) -> tuple[dic
     """
     parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for name, ability in file.abilities.items():
-        offset, count, kinds = _held_out_rows(name, ability.held_out())
+        offset, count, kinds, matching = _held_out_rows(name, ability.held_out())
         first = max(1, round(_CHOOSE * count / kinds)) * kinds
         rest = (count - first) // kinds * kinds
         needed = max(3, 2 * kinds)
         if rest < kinds or count < needed:
             raise ValueError(
-                f'ability "{name}" has {max(count, 0)} held-out rows; some choose density and weight and others '
-                f'measure, so {needed} or more are needed ("samples" and "evaluate" say which rows are what)'
+                f'ability "{name}" has {max(count, 0)} held-out rows of {matching}; some choose density and weight and '
+                f'others measure, so {needed} or more are needed. "samples: {ability.samples}" says how many are '
+                'profiled, "evaluate" which are held out'
             )
         own = written["abilities"][name]
         for part, begin, samples in ((parts[0], offset, first), (parts[1], offset + first, rest)):
@@ -66,8 +67,8 @@ def check_apart(choose: Sequence[HeldOut], measure: Sequence[HeldOut]) -> None:
             LOG.warning("%s: rows stand twice in the data", told)
 
 
-def _held_out_rows(name: str, held_out: Ability) -> tuple[int, int, int]:
-    """Where they begin, how many there are, and of how many values of ``balance`` there have to be equally many."""
+def _held_out_rows(name: str, held_out: Ability) -> tuple[int, int, int, int]:
+    """Where they begin, how many there are, of how many values of ``balance`` equally many; and of how many rows."""
     rows = load_rows(name, held_out)
     every = held_out.model_copy(update={"balance": None})
     matching, _ = select_rows(name, every, rows, offset=0, samples=len(rows))
@@ -75,4 +76,4 @@ def _held_out_rows(name: str, held_out: Ability) -> tuple[int, int, int]:
     if held_out.balance is not None:
         kinds = len(set(map(str, column_values(name, held_out, matching, held_out.balance))))
     offset = held_out.offset + -held_out.offset % kinds
-    return offset, min(held_out.samples, len(matching) - offset), kinds
+    return offset, min(held_out.samples, len(matching) - offset), kinds, len(matching)

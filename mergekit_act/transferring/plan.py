@@ -103,6 +103,8 @@ class TransferPlan:
 
     def check(self) -> None:
         """What would fail after hours is told now."""
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"{self.out} is no folder; name another OUT")
         if (self.settings.density is None) != (self.settings.weight is None):
             raise ValueError("density and weight go together: give both, or neither to let a sweep choose")
         if self.settings.density is not None:
