@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny import make_model, tiny_config
 
 
@@ -85,3 +86,24 @@ def _fresh_loaders() -> Iterator[None]:
 
     yield
     LoaderCache.loaders.clear()
+
+
+@pytest.fixture
+def abilities(pair_of, sums_file, tmp_path, monkeypatch):
+    """Write abilities.yml with two abilities into the working directory; keys of the one that is recovered."""
+    monkeypatch.chdir(tmp_path)
+    target, ability_model = pair_of("qwen2")
+
+    def write(**keys):
+        own = {"dataset": str(sums_file), "prompt": "q", "answer": "a"}
+        held_out = {"samples": 5, "max_new_tokens": 4}
+        both = {
+            "even": own | {"where": {"kind": "even"}, "samples": 5, "evaluate": held_out} | keys,
+            "odd": own | {"where": {"kind": "odd"}, "samples": 5, "evaluate": held_out, "role": "keep"},
+        }
+        content = {"target": str(target), "ability_model": str(ability_model), "abilities": both}
+        (tmp_path / "abilities.yml").write_text(yaml.safe_dump(content))
+        return content
+
+    write()
+    return write
