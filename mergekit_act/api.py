@@ -125,7 +125,7 @@ def transfer(abilities: Place, out: Place, **settings: Any) -> Transfer:
 
     autoload.install()
     from mergekit_act.cli.framework import echo
-    from mergekit_act.cli.transferring import run_words
+    from mergekit_act.cli.running import run_words
     from mergekit_act.transferring import TransferSettings, run_transfer
 
     return run_transfer(Path(abilities), Path(out), TransferSettings(**settings), run=run_words, echo=echo)

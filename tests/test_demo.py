@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from mergekit_act.cli.running import run_words
 from mergekit_act.demo import run_demo, story
 
 
 def test_every_command_of_the_demo_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(story, "THREADS", 1)  # other tests have the other core
+    monkeypatch.setattr(story, "FINETUNING", ("--micro-batch", "16", *story.FINETUNING[-1:]))
     out = tmp_path / "demo"
     lines: list[str] = []
-    run_demo(out, echo=lines.append, quiet=True, steps=dict.fromkeys(("base", "ability", "target"), 2))
+    run_demo(out, run=run_words, echo=lines.append, quiet=True, steps=dict.fromkeys(("base", "ability", "target"), 2))
     said = "\n".join(lines)
     commands = [line.split()[1:3] for line in said.splitlines() if line.startswith("$ ")]
     assert {name for _, name in commands} >= {"profile", "mask", "finetune", "evaluate", "card", "report"}

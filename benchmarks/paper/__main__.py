@@ -26,7 +26,7 @@ import click
 import torch
 from findings import find
 from page import draw_grid, section, write_section
-from rules import CONTROLS, RULES
+from rules import CONTROLS, QUICK, RULES
 from tables import grid, measure
 
 from mergekit_act.versions import installed_versions
@@ -45,15 +45,15 @@ def main(name: str, folder: Path, page: Path | None, quick: bool) -> None:
     folder = folder.resolve() / "quick" if quick else folder.resolve()
     setting = importlib.import_module(name).make_setting(folder, quick=quick)
     measured = folder / "measured"
-    rules = [replace(rule, shares=rule.shares[-1:], weights=(1.0,)) for rule in RULES] if quick else RULES
+    rules = QUICK if quick else RULES
     images, first = page.parent / page.stem, setting.experiments[0]
     tables = {first.name: measure(setting, first, measured / first.name, rules)}
     controls = measure(setting, first, measured / first.name, CONTROLS[:1] if quick else CONTROLS)
-    draw_grid(grid(setting, first, measured / first.name), images / f"{setting.name}-grid.png")
+    draw_grid(grid(setting, first, measured / first.name, rules), images / f"{setting.name}-grid.png")
     tables |= {one.name: measure(setting, one, measured / one.name, rules) for one in setting.experiments[1:]}
     merged = None
     if setting.specialists:  # nothing is to be kept: no damage, and every weight is tried
-        some = [replace(rule, shares=rule.shares[1::2] or rule.shares) for rule in rules if not rule.retain]
+        some = [replace(rule, shares=rule.shares[-2:]) for rule in rules if not rule.retain]
         merged = measure(setting, setting.specialists, measured / setting.specialists.name, some)
     found = (find(setting, measured / "findings"), find(setting, measured / "findings", exclude=setting.exclude))
     drawn = measured / "findings" / setting.pairs[0].name / "report" / "distribution.png"

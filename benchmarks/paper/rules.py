@@ -29,11 +29,11 @@ from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair, w
 from mergekit_act.selection import Retention, excluded_modules, make_mask, rank_channels
 from mergekit_act.sweeping import PatchedModel
 
-__all__ = ["CONTROLS", "PAPER", "RULES", "SHARES", "Merges", "Point", "Rule", "make_profiles", "points"]
+__all__ = ["CONTROLS", "PAPER", "QUICK", "RULES", "SHARES", "Merges", "Point", "Rule", "make_profiles", "points"]
 
 SHARES = (0.01, 0.05, 0.2, 0.5)
 FEW = (0.05, 0.2)
-WEIGHTS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
+WEIGHTS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.15, 0.1)
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,16 @@ RULES = (
     PAPER,
     Rule("local", "local"),
     Rule("attribution", "attribution"),
+    Rule("attribution, fitted", "attribution", fit=True),
     Rule("attribution over damage", "attribution", retain=True),
     Rule("attribution over damage, fitted", "attribution", retain=True, fit=True),
     Rule("all rows, fitted", fit=True, shares=(1.0,)),
 )
+QUICK = [  # to see that everything runs: mergekit's methods, the paper's rule, and the one that does most
+    replace(rule, shares=rule.shares[-1:], weights=(0.5,))
+    for rule in RULES
+    if rule.method != "act" or rule == PAPER or (rule.retain and rule.fit)
+]
 CONTROLS = (
     Rule("random", "random", shares=FEW),
     Rule("weight change", "weight", shares=FEW),

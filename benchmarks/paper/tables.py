@@ -102,11 +102,13 @@ def measure(setting: Setting, experiment: Experiment, folder: Path, rules: Seque
     return Table(stays, abilities, rows)
 
 
-def grid(setting: Setting, experiment: Experiment, folder: Path) -> dict[str, list[tuple[Point, Scores]]]:
+def grid(
+    setting: Setting, experiment: Experiment, folder: Path, rules: Sequence[Rule]
+) -> dict[str, list[tuple[Point, Scores]]]:
     """Figure 5: rule -> scores on validation samples of shares and weights; of TIES and DARE with one weight."""
-    every = {rule.name: rule for rule in RULES}
-    sparse = [replace(every[name], shares=SHARES, weights=(0.5,)) for name in ("TIES", "DARE")]
-    rules = [every["task arithmetic"], *sparse, PAPER, every["attribution"]]
+    sparse = {name: {"shares": SHARES, "weights": (0.5,)} for name in ("TIES", "DARE")}
+    names = ("task arithmetic", *sparse, PAPER.name, "attribution")
+    rules = [replace(rule, **sparse.get(rule.name, {})) for rule in rules if rule.name in names]
     scorer, merges = _opened(setting, experiment, folder, rules)
     return {
         rule.name: [

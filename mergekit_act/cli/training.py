@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import click
 
 from mergekit_act.cli import options
 from mergekit_act.cli.framework import command, common, echo, packed
+from mergekit_act.cli.running import run_words
 
 if TYPE_CHECKING:
     from mergekit_act.finetuning import FineTuned, Recipe, TrainingSettings
@@ -120,9 +122,9 @@ def demo(out_dir: Path, quiet: bool) -> None:
     """Run the whole path on tiny models.
 
     Trains them, lets one forget, and brings the forgotten ability back with ACT.
-    Evaluates them, and fine-tunes lightly if TRL is installed. Needs no downloads and four to seven minutes on two CPU
+    Evaluates them, and fine-tunes lightly if TRL is installed. Needs no downloads and two to four minutes on two CPU
     cores; all files stay in OUT_DIR.
     """
     from mergekit_act.demo import run_demo
 
-    run_demo(out_dir, echo=echo, quiet=quiet)
+    run_demo(out_dir, run=partial(run_words, quiet=quiet), echo=echo, quiet=quiet)

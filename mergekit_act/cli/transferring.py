@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ import click
 
 from mergekit_act.cli import options
 from mergekit_act.cli.framework import command, common, echo, packed
+from mergekit_act.cli.running import run_words
 from mergekit_act.criteria import CRITERIA, WITHOUT_DATA
 
 if TYPE_CHECKING:
@@ -64,9 +63,6 @@ def transfer(
     from mergekit_act.transferring import describe_transfer, run_transfer
     from mergekit_act.transferring.repository import visibility
 
-    def run(words: Sequence[str]) -> None:
-        run_words([*words, "--quiet"] if quiet else words)
-
     *files, out = paths
     path = _abilities_file(files, out, pair)
     if dry_run:
@@ -75,7 +71,10 @@ def transfer(
     if settings.push_to_hub and not yes:
         seen_by = visibility(settings.push_to_hub)
         click.confirm(f"Upload the result to {settings.push_to_hub} ({seen_by}), if it is worth it?", abort=True)
-    done = run_transfer(path, out, settings, run=run, echo=echo)
+    try:
+        done = run_transfer(path, out, settings, run=partial(run_words, quiet=quiet), echo=echo)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("Interrupted; the same command goes on from there.") from None
     if done.model is None:
         raise SystemExit(1)
     echo(f"{done.model}")
@@ -102,23 +101,3 @@ def _abilities_file(files: Sequence[Path], out: Path, pair: Mapping[str, Any]) -
         write_atomically(path, text.encode(), overwrite=True)
         echo(f"wrote {path}")
     return path
-
-
-def run_words(words: Sequence[str]) -> None:
-    """Run a command in this process, so that it ends when this one is ended."""
-    from mergekit_act.cli import main
-
-    program, *arguments = words
-    if program == "hf":
-        done = subprocess.run([sys.executable, "-m", "huggingface_hub.cli.hf", *arguments], check=False)
-        if done.returncode:
-            raise ValueError(f"{shlex.join(words)} failed; the same command goes on from there")
-        return
-    try:
-        code = main.main(args=["merge"] * (program == "mergekit-yaml") + arguments, standalone_mode=False)
-    except SystemExit as ended:  # mergekit's command ends so when all is well, too
-        code = ended.code
-    if code == 130:
-        raise KeyboardInterrupt("Interrupted; the same command goes on from there.")
-    if code:
-        raise SystemExit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import json
 import os
 import shlex
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, nullcontext, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from mergekit_act.wording import table
 __all__ = ["run_demo"]
 
 Echo = Callable[[str], None]
+Run = Callable[[Sequence[str]], None]
 
 KEPT = ("latin", "greek")  # the target is trained on mathematics in these
 RETAINED = tuple(f"math-{language}" for language in KEPT)
@@ -41,11 +43,12 @@ FINETUNING = ("--epochs", "10", "--learning-rate", "2e-4", "--micro-batch", "16"
 STEPS = {"base": 750, "ability": 80, "target": 300}
 
 
-def run_demo(out_dir: Path, *, echo: Echo, quiet: bool = False, steps: Mapping[str, int] = STEPS) -> None:
+def run_demo(out_dir: Path, *, run: Run, echo: Echo, quiet: bool = False, steps: Mapping[str, int] = STEPS) -> None:
     """Make the models, run the commands, print accuracy per ability.
 
     Args:
         out_dir: where all files are left; it must not exist or be empty.
+        run: runs a command of ours, given its words.
         echo: prints a line.
         quiet: show no progress bars.
         steps: in which each of the three models is trained.
@@ -67,7 +70,8 @@ def run_demo(out_dir: Path, *, echo: Echo, quiet: bool = False, steps: Mapping[s
             model.save_pretrained(out_dir / "models" / name)
             tokenizer.save_pretrained(out_dir / "models" / name)
         _write_inputs(out_dir, rows)
-        _run_commands(out_dir, echo)
+        with chdir(out_dir):
+            _run_commands(run, echo)
         results = _results(out_dir, tokenizer, rows)
     echo(f"\nExact match on questions that were not profiled, after {time.monotonic() - started:.0f} s:\n")
     echo(results)
@@ -135,53 +139,55 @@ def _write_inputs(out_dir: Path, rows: Sequence[Row]) -> None:
         (out_dir / "configs" / f"{name}.yml").write_text(config, encoding="utf-8")
 
 
-def _run_commands(out_dir: Path, echo: Echo) -> None:
-    """Profile, mask, merge, fine-tune and evaluate with the commands of a user, in ``out_dir``."""
-    act = [sys.executable, "-m", "mergekit_act"]
+def _run_commands(run: Run, echo: Echo) -> None:
+    """Profile, mask, merge, fine-tune and evaluate with the commands of a user, in the demo's folder."""
+
+    def act(*words: str, show_output: bool = True) -> None:
+        command = ["mergekit-act", *words]
+        echo(f"\n$ {shlex.join(command)}")
+        with nullcontext() if show_output else redirect_stdout(io.StringIO()):
+            run(command)
+
     profiles = [f"profiles/{name}.safetensors" for name in RECOVERED]
-    _run(out_dir, echo, [*act, "profile", "abilities.yml", "profiles", "--dtype", "float32"])
-    mask = ["mask", *profiles, "-o", "masks/act.safetensors", "--density", str(DENSITY)]
-    _run(out_dir, echo, [*act, *mask])
-    counts = load_mask(out_dir / "masks" / "act.safetensors").counts
+    act("profile", "abilities.yml", "profiles", "--dtype", "float32")
+    act("mask", *profiles, "-o", "masks/act.safetensors", "--density", str(DENSITY))
+    counts = load_mask("masks/act.safetensors").counts
     same = (counts["channels"] + 0.5) / counts["channels_total"]  # as many channels for the controls
     for criterion in ("random", "weight"):
-        _run(out_dir, echo, [*act, "profile", "abilities.yml", "profiles", "--criterion", criterion])
-        control = ["mask", f"profiles/{criterion}.safetensors", "-o", f"masks/{criterion}.safetensors"]
-        _run(out_dir, echo, [*act, *control, "--density", repr(same)], show_output=False)
-    better = ["attributions", "--criterion", "attribution", "--dtype", "float32"]
-    _run(out_dir, echo, [*act, "profile", "abilities.yml", *better])
+        act("profile", "abilities.yml", "profiles", "--criterion", criterion)
+        control = [f"profiles/{criterion}.safetensors", "-o", f"masks/{criterion}.safetensors"]
+        act("mask", *control, "--density", repr(same), show_output=False)
+    act("profile", "abilities.yml", "attributions", "--criterion", "attribution", "--dtype", "float32")
     files = [f"attributions/{name}.safetensors" for name in RECOVERED]
-    _run(out_dir, echo, [*act, "mask", *files, "-o", "masks/attribution.safetensors", *BETTER])
-    merge = str(Path(sys.executable).with_name("mergekit-yaml"))
+    act("mask", *files, "-o", "masks/attribution.safetensors", *BETTER)
     for name in ("act", "attribution", "random", "weight", "task_arithmetic"):
-        _run(out_dir, echo, [merge, f"configs/{name}.yml", f"./merged/{name}", "--quiet"], show_output=False)
+        _run_mergekit(echo, [f"configs/{name}.yml", f"./merged/{name}", "--quiet"])
     if find_spec("trl") is not None:
         for source, name in (("models/target", "sft"), ("merged/act", "act-sft")):
-            command = ["finetune", f"./{source}", "abilities.yml", f"tuned/{name}", *FINETUNING, "--dtype", "float32"]
-            _run(out_dir, echo, [*act, *command], show_output=False)
+            settings = [*FINETUNING, "--dtype", "float32"]
+            act("finetune", f"./{source}", "abilities.yml", f"tuned/{name}", *settings, show_output=False)
     else:
         echo('\nFine-tuning is left out, it needs TRL: pip install "mergekit-act[finetune]"')
-    tuned = [f"./tuned/{name}" for name in ("sft", "act-sft") if (out_dir / "tuned" / name).is_dir()]
+    tuned = [f"./tuned/{name}" for name in ("sft", "act-sft") if Path("tuned", name).is_dir()]
     models = ["./models/target", "./merged/act", *tuned]
-    evaluated = ["--abilities", "abilities.yml", "--dtype", "float32", "--json", "evaluation.json"]
-    _run(out_dir, echo, [*act, "evaluate", *models, *evaluated])
-    _run(out_dir, echo, [*act, "card", "./merged/act", "--evaluation", "evaluation.json"], show_output=False)
+    act("evaluate", *models, "--abilities", "abilities.yml", "--dtype", "float32", "--json", "evaluation.json")
+    act("card", "./merged/act", "--evaluation", "evaluation.json", show_output=False)
     if find_spec("matplotlib") is not None:
         all_profiles = [f"profiles/{name}.safetensors" for name in (*RECOVERED, *RETAINED, "weight")]
-        _run(out_dir, echo, [*act, "report", *all_profiles, "-o", "report", "--density", str(DENSITY)])
+        act("report", *all_profiles, "-o", "report", "--density", str(DENSITY))
     else:
         echo('\nThe report is left out, it needs matplotlib: pip install "mergekit-act[plots]"')
 
 
-def _run(out_dir: Path, echo: Echo, command: Sequence[str], *, show_output: bool = True) -> None:
-    shown = ["mergekit-act", *command[3:]] if command[1:2] == ["-m"] else [Path(command[0]).name, *command[1:]]
-    echo(f"\n$ {shlex.join(shown)}")
+def _run_mergekit(echo: Echo, arguments: Sequence[str]) -> None:
+    """``mergekit-yaml`` as it is installed, in a process of its own, or it would not be shown that it knows ``act``."""
+    command = ["mergekit-yaml", *arguments]
+    echo(f"\n$ {shlex.join(command)}")
+    program = Path(sys.executable).with_name(command[0])
     environment = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
-    done = subprocess.run(command, cwd=out_dir, env=environment, text=True, capture_output=True, check=False)
-    if show_output or done.returncode:
-        echo(done.stdout.rstrip())
+    done = subprocess.run([program, *arguments], env=environment, text=True, capture_output=True, check=False)
     if done.returncode:
-        raise ValueError(f"{shlex.join(shown)} failed with exit code {done.returncode}:\n{done.stderr.rstrip()}")
+        raise ValueError(f"{shlex.join(command)} failed with exit code {done.returncode}:\n{done.stderr.rstrip()}")
 
 
 def _results(out_dir: Path, tokenizer: Any, rows: Sequence[Row]) -> str:

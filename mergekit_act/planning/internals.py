@@ -22,6 +22,7 @@ from mergekit.io.tasks import FinalizeModel, GatherTensors, LoaderCache, LoadTen
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 
+from mergekit_act.logs import muted
 from mergekit_act.merging import refuse_to_run
 
 __all__ = [
@@ -252,7 +253,8 @@ def planner_of(config: Any, options: Any) -> Any:
 
     LoaderCache().setup(options=options)
     architecture = merge.get_architecture_info(config, options)
-    out_config = merge._model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+    with muted("transformers.configuration_utils"):  # mergekit names the dtype as Transformers did before
+        out_config = merge._model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
     planner = merge.MergePlanner(config, architecture, options=options, out_model_config=out_config)
     planner.plan_to_disk(out_path="")
     return planner
