@@ -366,6 +366,23 @@ def test_options_of_the_merge_are_on_the_card(merged):
     assert "--batch-tokens 512 --trust-remote-code\n" in card
 
 
+def test_versions_are_those_of_the_merge(merged):
+    """A card that is written again, after an upgrade, does not know them; one of a younger merge does."""
+
+    def versions():
+        run("card", merged, "--overwrite")
+        return json.loads(path.read_text())["versions"]
+
+    path = merged / "reproduce.json"
+    installed = versions()
+    older = dict.fromkeys(installed, "0.1")
+    path.write_text(json.dumps({"versions": older}))
+    assert versions() == older
+    later = path.stat().st_mtime + 1
+    os.utime(merged / "mergekit_config.yml", (later, later))
+    assert versions() == installed
+
+
 def test_a_mask_that_does_not_say_where_it_comes_from(merged):
     mask = load_mask("masks/sums.safetensors")
     save_mask(replace(mask, sources=()), merged / "bare mask (2).safetensors")

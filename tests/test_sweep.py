@@ -259,6 +259,18 @@ def test_a_target_with_nan_weights_is_told_before_any_point(swept, pair_of, tmp_
     assert "model.layers.0.mlp.up_proj.weight" in done.output
 
 
+def test_overwriting_keeps_what_is_of_the_same_settings(swept, tmp_path):
+    """Scores have the seconds that they took, so that none is the same twice."""
+    config, abilities = swept("qwen2")
+    grid = ("--density", "0.2", "--weight", "0.5")
+    scored = []
+    for more in ((), ("--overwrite",), ("--overwrite", "--batch-tokens", "64")):
+        assert sweep(config, abilities, tmp_path / "out", *grid, *more).exit_code == 0
+        scored.append((tmp_path / "out/sweep.csv").read_bytes())
+    assert scored[0] == scored[1]
+    assert scored[0] != scored[2]
+
+
 def test_a_full_disk_says_so_and_the_same_command_goes_on(swept, tmp_path):
     config, abilities = swept("qwen2")
     command = ["sweep", str(config), str(abilities), str(tmp_path / "out"), "--device", "cpu", "--no-generate"]

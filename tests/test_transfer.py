@@ -147,6 +147,20 @@ def test_what_a_killed_run_meant_to_overwrite_is_overwritten(tmp_path):
     assert given == [["mergekit-act", "mask"], *[["mergekit-act", "mask", "--overwrite"]] * 2]  # and then it is done
 
 
+def test_unfinished_work_of_another_device_is_overwritten(tmp_path):
+    given = []
+
+    def killed(words):
+        given.append(words[2:])
+        raise RuntimeError
+
+    for device in ("cpu", "cpu", "cuda"):
+        step = Step("sweep", ("mergekit-act", "sweep"), (), (), again="resumes")
+        with contextlib.suppress(RuntimeError):
+            Steps(tmp_path / "transfer.json", killed, lambda line: None, **(ON | {"device": device})).take(step)
+    assert given == [[], [], ["--overwrite"]]
+
+
 def test_what_a_killed_run_left_is_overwritten(tmp_path):
     """A step that begins anew may have written some of its files; one that goes on by itself finds them."""
     given = []

@@ -13,6 +13,8 @@ from click.testing import CliRunner
 from transfers import files, transfer
 
 from mergekit_act.cli import main
+from mergekit_act.transferring import plan
+from mergekit_act.transferring.needs import Needs
 
 
 def test_a_dry_run_writes_nothing(abilities, tmp_path):
@@ -88,9 +90,23 @@ def test_what_cannot_be_done_is_told_first(abilities, tmp_path, monkeypatch):
     with monkeypatch.context() as small:
         small.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
         assert "has 1 kB free, and " in told()
+    (tmp_path / "out").write_text("mine")
+    assert "out is no folder; name another OUT" in told()
+    (tmp_path / "out").unlink()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert "out has files of something else; name another folder" in told()
+
+
+def test_what_is_fetched_counts_for_the_disk(abilities, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+    monkeypatch.setattr(plan, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for fetched, is_enough in ((900, True), (901, False)):
+        monkeypatch.setattr(plan, "estimate_needs", lambda *_, n=fetched, **__: Needs(100, n, 1, ()))
+        result = transfer("--dry-run")
+        assert (result.exit_code == 0) == is_enough, result.output
+        assert ("1 kB free, and 1 kB are needed" in result.output) != is_enough
 
 
 def test_a_folder_of_another_pair(abilities, tmp_path, pair_of):
