@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from packaging.version import Version
 from tiny import make_tokenizer, tiny_config
 from tokenizers import AddedToken
 
@@ -279,6 +280,8 @@ def test_reasoning_that_the_template_strips_is_told(collect, caplog):
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_in_a_key_of_its_own(collect, caplog, key):
+    if key != "reasoning_content" and Version(transformers.__version__) < Version("5.21"):
+        pytest.skip("Transformers hands templates this key under its own name only; that is told")
     row = chat(ASK, ANSWER | {key: "Oslo is cold."})
     _, (answer,), _ = collect([row], QWEN3)
     assert answer == "<think>\nOslo is cold.\n</think>\n\nThree.<|im_end|>"

@@ -31,7 +31,7 @@ def scores(folder: Path) -> list[dict[str, object]]:
 
 def test_toy(tmp_path):
     page = run("toy", tmp_path)
-    for rule in ("target", "task arithmetic", "TIES", "DARE", "ACT, as in the paper", "all rows, fitted"):
+    for rule in ("target", "task arithmetic", "TIES", "DARE", "DELLA", "ACT, as in the paper"):
         assert f"| {rule} |" in page
     for image in ("grid", "distribution"):
         assert f"![](results/toy-{image}.png)" in page

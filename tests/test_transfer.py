@@ -115,8 +115,11 @@ def test_interrupted_and_given_again(abilities, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (tmp_path / "out/sweep/sweep.csv").exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate()
+    told = None
+    while told is None:  # Python loses an interrupt that comes while it destroys an object
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, told = process.communicate(timeout=3)
     assert process.returncode == 130
     assert "the same command goes on from there" in told
     assert not json.loads(begun.read_text())["steps"]["sweep"]["done"]
