@@ -120,7 +120,15 @@ def transfer(abilities: Place, out: Place, **settings: Any) -> Transfer:
         abilities: the abilities file.
         out: folder for everything.
         settings: fields of ``mergekit_act.transferring.TransferSettings``, such as ``keep_within=0.02``.
+
+    Raises:
+        FileNotFoundError: the file, a model or a data set does not exist.
+        FileExistsError: the folder has files of something else.
+        OSError: the disk is too small.
+        ValueError: what is to be done cannot be done; or a command failed.
     """
+    from functools import partial
+
     from mergekit_act import autoload
 
     autoload.install()
@@ -128,4 +136,5 @@ def transfer(abilities: Place, out: Place, **settings: Any) -> Transfer:
     from mergekit_act.cli.running import run_words
     from mergekit_act.transferring import TransferSettings, run_transfer
 
-    return run_transfer(Path(abilities), Path(out), TransferSettings(**settings), run=run_words, echo=echo)
+    run = partial(run_words, verbose=1)  # commands raise what a function would
+    return run_transfer(Path(abilities), Path(out), TransferSettings(**settings), run=run, echo=echo)

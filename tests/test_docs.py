@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,10 @@ def test_yaml_is_valid(page):
             ]
         elif isinstance(content, dict) and "target" in content:
             AbilitiesFile.model_validate(content)
+        elif isinstance(content, dict) and "mask" in content:  # of a model's parameters
+            config = {"merge_method": "act", "base_model": "t", "models": [{"model": "a", "parameters": content}]}
+            (problem,) = config_problems(config, get("act").spec)
+            assert problem.startswith(f'mask "{content["mask"]}" could not be fetched: ')
 
 
 def test_the_message_in_the_docs_is_the_one_that_is_printed(tmp_path, monkeypatch):
@@ -121,6 +126,9 @@ def working_directory(tmp_path, monkeypatch):
         (tmp_path / name).write_text(
             block.replace("samples: 1500", "samples: 6\n    evaluate: {samples: 6, max_new_tokens: 4}")
         )
+    config = yaml.safe_load((tmp_path / "act.yml").read_text())
+    config["models"][0]["parameters"] |= {"mask": "profiles/science-en.safetensors", "mask_density": 0.05}
+    (tmp_path / "act-profiles.yml").write_text(yaml.safe_dump(config))
     return tmp_path
 
 
@@ -132,7 +140,7 @@ def test_the_paths_that_the_readme_and_the_guide_show(working_directory):
     for words in shown:
         if words[0] == "mergekit-yaml":
             result = CliRunner().invoke(mergekit_yaml, words[1:])
-        elif words[0] == "mergekit-act" and words[1] not in ("demo", "sweep"):
+        elif words[0] == "mergekit-act" and words[1] != "demo":
             words = [
                 file for word in words for file in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
             ]
@@ -141,18 +149,17 @@ def test_the_paths_that_the_readme_and_the_guide_show(working_directory):
             continue
         assert result.exit_code == 0, (words, result.output, result.exception)
         run.append(words[1])
-    guides = ["profile", "mask", "evaluate", "finetune", "report", "card"]
+    guides = ["profile", "mask", "evaluate", "sweep", "finetune", "report", "card"]
     assert run == ["transfer", "profile", "mask", "act.yml", *guides]
 
 
 def test_python_runs(working_directory, capsys):
-    """The blocks one after another, in a folder with the README's files, and profiles in place of a mask."""
-    config = yaml.safe_load((working_directory / "act.yml").read_text())
-    config["models"][0]["parameters"] |= {"mask": "profiles/science-en.safetensors", "mask_density": 0.05}
-    (working_directory / "act-profiles.yml").write_text(yaml.safe_dump(config))
+    """The blocks one after another, in a folder with the README's files."""
     names: dict[str, object] = {}
-    for block in blocks(PAGES[Path("docs/reference/python.md")], "python"):
-        exec(compile(block, "block", "exec"), names)
+    for page in ("python", "files"):
+        shutil.rmtree(working_directory / "masks", ignore_errors=True)
+        for block in blocks(PAGES[Path(f"docs/reference/{page}.md")], "python"):
+            exec(compile(block, "block", "exec"), names)
     told = capsys.readouterr().out
     assert f"{names['moved'].selected} of {names['moved'].channels} channels\n" in told
     assert names["done"].judgement in told

@@ -39,6 +39,8 @@ def test_whole_path(abilities, tmp_path):
 
     again = transfer("--keep-within", "0.9")
     assert not any(steps(again.output).values())
+    written_otherwise = [str(tmp_path / "abilities.yml"), f"{tmp_path}/./out", "--keep-within", "0.9"]
+    assert CliRunner().invoke(main, ["transfer", *written_otherwise]).output == again.output
     assert again.output.split("\n\n")[-3:] == [table, moved, judgement]
 
     # With another limit the sweep chooses anew, and scores nothing anew.
@@ -112,14 +114,15 @@ def test_killed_and_given_again(abilities, tmp_path):
 def test_interrupted_and_given_again(abilities, tmp_path):
     command = [sys.executable, "-m", "mergekit_act", "transfer", "abilities.yml", "out", "--keep-within", "0.9"]
     begun = tmp_path / "out" / "transfer.json"
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "out/sweep/sweep.csv").exists():
-        time.sleep(0.02)
-    told = None
-    while told is None:  # Python loses an interrupt that comes while it destroys an object
+    for _ in range(3):  # Python loses an interrupt that comes while it destroys an object
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not (tmp_path / "out/sweep/sweep.csv").exists():
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            _, told = process.communicate(timeout=3)
+        _, told = process.communicate()
+        if process.returncode:
+            break
+        shutil.rmtree(tmp_path / "out")
     assert process.returncode == 130
     assert "the same command goes on from there" in told
     assert not json.loads(begun.read_text())["steps"]["sweep"]["done"]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from transfers import files, transfer
 
 from mergekit_act.cli import main
-from mergekit_act.transferring import plan
+from mergekit_act.transferring import commands, plan
 from mergekit_act.transferring.needs import Needs
 
 
@@ -33,7 +33,7 @@ def test_a_dry_run_writes_nothing(abilities, tmp_path):
 def test_a_dry_run_tells_what_it_takes(abilities):
     def told(*arguments):
         lines = transfer("--dry-run", *arguments).output.splitlines()
-        return {line.partition(": ")[0]: line for line in lines if line.startswith(("time: ", "disk: "))}
+        return {line.partition(": ")[0]: line for line in lines if line.startswith(("time: ", "memory: ", "disk: "))}
 
     swept, tuned = told(), told("--density", "0.2", "--weight", "0.5", "--finetune")
     assert "sweep" in swept["time"]
@@ -41,6 +41,24 @@ def test_a_dry_run_tells_what_it_takes(abilities):
     assert "sweep" not in tuned["time"]
     assert "finetune" in tuned["time"]
     assert swept["disk"] != tuned["disk"]
+    assert "with the rows that a sweep moves (and of the machine's " in swept["memory"]
+    assert " to fine-tune; " in tuned["memory"]
+
+
+def test_without_matplotlib(abilities, monkeypatch):
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    told = transfer("--dry-run").output
+    assert "mergekit-act report" not in told
+    assert "The report is left out, it needs matplotlib" in told
+
+
+def test_a_commands_own_error(abilities):
+    """Is one sentence, or raised where a traceback is wanted."""
+    little = ("--memory-budget", "1kB")
+    result = transfer(*little)
+    assert isinstance(result.exception, SystemExit)
+    assert "need about" in result.output
+    assert isinstance(transfer(*little, "-v").exception, ValueError)
 
 
 def test_samples_that_choose_and_measure(abilities, tmp_path, caplog):
@@ -157,6 +175,9 @@ def test_without_a_file(pair_of, sums_file, tmp_path, monkeypatch):
     assert own | {"samples": 10, "evaluate": {"samples": 10}, "dataset": str(sums_file), "role": "recover"} == own
     other = CliRunner().invoke(main, ["transfer", "out", *pair, "--recover", str(sums_file), "--keep", str(sums_file)])
     assert 'two data sets are called "sums"' in other.output
+    for nameless in (".", ".."):
+        result = CliRunner().invoke(main, ["transfer", nameless, *pair, "--recover", str(sums_file)])
+        assert f"{nameless} has no name of its own" in result.output
     for words in (["out"], ["out", *pair[:4]], ["abilities.yml", "out", *pair]):
         result = CliRunner().invoke(main, ["transfer", *words])
         assert result.exit_code == 2

@@ -35,7 +35,7 @@ LOG = logging.getLogger(__name__)
 
 
 def write_finetuned_card(model: FineTuned) -> WrittenCard:
-    """Write the model card, README.md.
+    """Write the model card, README.md, and beside it what says how the merge is made that was trained, if it was one.
 
     Raises:
         ValueError: the Hub does not take the metadata.
@@ -46,7 +46,8 @@ def write_finetuned_card(model: FineTuned) -> WrittenCard:
     add_values(metadata, "base_model", on_hub(described))
     data = (str(ability.data["dataset"]) for ability in abilities if is_hub_dataset(ability.data))
     add_values(metadata, "datasets", data)
-    add_values(metadata, "tags", ["mergekit-act", "sft"])
+    before = _card_of(model.checkpoint.folder)
+    add_values(metadata, "tags", [*((before and before.metadata.get("tags")) or ["mergekit-act"]), "sft"])
     counts = table(
         ["ability", "data", "samples", "answer tokens"],
         [[a.name, link_dataset(a.data), f"{len(a.samples):,}", f"{a.answer_tokens:,}"] for a in abilities],
@@ -66,9 +67,13 @@ def write_finetuned_card(model: FineTuned) -> WrittenCard:
         f"at 1, computed in {recipe.dtype}, weights kept in {recipe.master_dtype}, seed {recipe.random_seed}. All "
         f"settings are in `finetune.json`, the loss in `loss.csv`.\n\nMade with {made_with}.\n"
     )
-    card = Readme("", "").changed(metadata, text + _transferred(model.checkpoint.folder / "README.md"), path)
+    card = Readme("", "").changed(metadata, text + _transferred(before), path)
     write_atomically(path, card.encode(), overwrite=True)
-    return WrittenCard((path,))
+    merge = model.checkpoint.folder / "reproduce.json"
+    if not merge.is_file():
+        return WrittenCard((path,))
+    write_atomically(model.out / merge.name, merge.read_bytes(), overwrite=True)
+    return WrittenCard((path, model.out / merge.name))
 
 
 def add_evaluation(folder: Path, evaluation: Path, evaluated_as: str | None) -> WrittenCard:
@@ -94,14 +99,18 @@ def add_evaluation(folder: Path, evaluation: Path, evaluated_as: str | None) -> 
     return WrittenCard((path,))
 
 
-def _transferred(card: Path) -> str:
-    """What the card of the model that was trained says of the transfer, without the files beside it."""
+def _card_of(folder: Path) -> Readme | None:
+    """The card of the model that was trained."""
     try:
-        readme = read_readme(card)
+        return read_readme(folder / "README.md")
     except ValueError as error:  # no reason to lose a training
         LOG.warning("the card says nothing of what was moved before: %s", error)
-        return ""
-    block = None if readme is None else block_of(readme.text, "transfer")
+        return None
+
+
+def _transferred(card: Readme | None) -> str:
+    """What it says of the transfer, without the files beside it."""
+    block = None if card is None else block_of(card.text, "transfer")
     if block is None:
         return ""
     told = block.partition("### Make it again")[0].replace("## ", "## Before the fine-tuning: ", 1)

@@ -10,14 +10,16 @@ from collections.abc import Sequence
 __all__ = ["run_words"]
 
 
-def run_words(words: Sequence[str], *, quiet: bool = False) -> None:
+def run_words(words: Sequence[str], *, quiet: bool = False, verbose: int = 0) -> None:
     """Run a command in this process, so that it ends when this one is ended.
 
     Args:
         words: the command, as a user gives it.
         quiet: show no progress bars.
+        verbose: whether the command's own error is raised, and no sentence made of it.
 
     Raises:
+        ClickException: the command failed; the sentence says why.
         KeyboardInterrupt: the user ended it.
         SystemExit: it failed, and has said why.
         ValueError: the Hub's command failed.
@@ -31,6 +33,7 @@ def run_words(words: Sequence[str], *, quiet: bool = False) -> None:
         if done.returncode:
             raise ValueError(f"{shlex.join(words)} failed; the same command goes on from there")
         return
+    arguments += ["-v"] * verbose
     try:
         code = main.main(args=["merge"] * (program == "mergekit-yaml") + arguments, standalone_mode=False)
     except SystemExit as ended:  # mergekit's command ends so when all is well, too

@@ -127,4 +127,5 @@ def demo(out_dir: Path, quiet: bool) -> None:
     """
     from mergekit_act.demo import run_demo
 
-    run_demo(out_dir, run=partial(run_words, quiet=quiet), echo=echo, quiet=quiet)
+    run = partial(run_words, quiet=quiet, verbose=click.get_current_context().params["verbose"])
+    run_demo(out_dir, run=run, echo=echo, quiet=quiet)

@@ -72,7 +72,8 @@ def transfer(
         seen_by = visibility(settings.push_to_hub)
         click.confirm(f"Upload the result to {settings.push_to_hub} ({seen_by}), if it is worth it?", abort=True)
     try:
-        done = run_transfer(path, out, settings, run=partial(run_words, quiet=quiet), echo=echo)
+        run = partial(run_words, quiet=quiet, verbose=click.get_current_context().params["verbose"])
+        done = run_transfer(path, out, settings, run=run, echo=echo)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Interrupted; the same command goes on from there.") from None
     if done.model is None:
@@ -92,6 +93,8 @@ def _abilities_file(files: Sequence[Path], out: Path, pair: Mapping[str, Any]) -
     from mergekit_act.files import write_atomically
     from mergekit_act.transferring.describe import check_replaceable, describe_abilities, write_described
 
+    if out.name in ("", ".."):
+        raise click.UsageError(f"{out} has no name of its own, which the abilities file would get; name a folder")
     path = out.with_name(f"{out.name}.yml")
     content = describe_abilities(**pair)
     if path.exists():

@@ -55,7 +55,7 @@ def run_demo(out_dir: Path, *, run: Run, echo: Echo, quiet: bool = False, steps:
 
     Raises:
         FileExistsError: ``out_dir`` has files in it.
-        ValueError: a command failed.
+        ValueError: mergekit's command failed; ``run`` raises what it will.
     """
     started = time.monotonic()
     disable_progress_bar()  # of Transformers, for loading and saving

@@ -12,7 +12,7 @@ from mergekit_act.checkpoints import parse_reference, read_config
 from mergekit_act.transferring.plan import DENSITIES, TransferPlan
 from mergekit_act.transferring.steps import Step
 
-__all__ = ["list_steps", "upload"]
+__all__ = ["list_steps", "upload", "what_is_left_out"]
 
 
 def list_steps(plan: TransferPlan) -> Iterator[Step]:
@@ -30,6 +30,13 @@ def list_steps(plan: TransferPlan) -> Iterator[Step]:
         yield commands.card_of_tuned()
     if find_spec("matplotlib") is not None:
         yield commands.report()
+
+
+def what_is_left_out() -> str | None:
+    """A sentence on steps that this installation cannot take."""
+    if find_spec("matplotlib") is not None:
+        return None
+    return 'The report is left out, it needs matplotlib: pip install "mergekit-act[plots]"'
 
 
 def upload(plan: TransferPlan) -> Step | None:
@@ -62,7 +69,7 @@ class _Commands:
     def profile(self) -> Step:
         s = self.plan.settings
         excluded = tuple(word for module in self._vocabulary() for word in ("--exclude", module))
-        memory = ("--memory-budget", f"{s.memory_budget / 1e9:.12g}GB") if s.memory_budget else ()  # changes no profile
+        memory = ("--memory-budget", f"{s.memory_budget / 1e6:.12g}MB") if s.memory_budget else ()  # changes no profile
         words = (self.plan.path, self.out / "profiles", "--criterion", s.criterion)
         words += (*(("--inputs",) if self.plan.fitted else ()), *excluded)
         words += (*self.device, *self.dtype, *self.batch, *self.trust)

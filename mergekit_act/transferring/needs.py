@@ -23,6 +23,7 @@ __all__ = ["Needs", "estimate_needs", "estimate_seconds"]
 # Work for a token, in forwards of one model.
 _PROFILE = {"activation": 2.0, "local": 2.0, "attribution": 5.0}
 _TRAINING = 4.0  # forward, again for the gradient checkpoints, backward twice that
+_INPUTS = 0.1  # at most, of the target's bytes
 _OF_MATRIX_RATE = 0.5  # assumed: what a model's forward reaches of the rate of a large product of matrices
 
 
@@ -43,7 +44,9 @@ class Needs:
     remarks: Sequence[str]
 
 
-def estimate_needs(file: AbilitiesFile, *, finetune: bool, lora_merge_cache: str | None, trust: bool) -> Needs:
+def estimate_needs(
+    file: AbilitiesFile, *, fitted: bool, finetune: bool, lora_merge_cache: str | None, trust: bool
+) -> Needs:
     """Look at the headers of both models' files.
 
     Raises:
@@ -59,7 +62,9 @@ def estimate_needs(file: AbilitiesFile, *, finetune: bool, lora_merge_cache: str
     settings = TrainingSettings()
     samples = sum(one.samples for one in file.abilities.values())
     training = bytes_needed(parameters, Recipe(), ceil(samples / Recipe().batch_size), settings.save_steps)
-    return Needs(sizes[0] + (training if finetune else 0), fetched, parameters, remarks)
+    inputs = 2 * _INPUTS * sizes[0] if fitted else 0  # the profile's, and a copy for the card
+    merged = sum(size for one, size in zip((target, ability_model), sizes, strict=True) if one.lora is not None)
+    return Needs(int(sizes[0] + inputs) + merged + (training if finetune else 0), fetched, parameters, remarks)
 
 
 def estimate_seconds(

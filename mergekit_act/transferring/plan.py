@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from mergekit_act.yaml_files import read_yaml
 __all__ = ["DENSITIES", "TransferPlan", "TransferSettings"]
 
 DENSITIES = (0.01, 0.05, 0.2, 0.5)
+_TRAINED = 16  # bytes a parameter: weights, gradients, and Adam's two moments, of four bytes each
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class TransferPlan:
     """
 
     def __init__(self, path: Path, file: AbilitiesFile, out: Path, settings: TransferSettings) -> None:
-        self.path, self.file, self.out, self.settings = path, file, out, settings
+        path, out = _seen_from_here(path), _seen_from_here(out)  # one folder, however it is written
+        self.path, self.out = path, out
+        self.file, self.settings = file, settings
         self.target, self.ability_model = map(_unmistakable, (file.target, file.ability_model))
         self.swept = settings.density is None
         # Fitting rows spares what is kept where many move; whether that is better here, the sweep finds out.
@@ -140,9 +144,13 @@ class TransferPlan:
         self._parts = parts
         s = self.settings
         self.needs = estimate_needs(
-            self.file, finetune=s.finetune, lora_merge_cache=s.lora_merge_cache, trust=s.trust_remote_code
+            self.file,
+            fitted=self.fitted,
+            finetune=s.finetune,
+            lora_merge_cache=s.lora_merge_cache,
+            trust=s.trust_remote_code,
         )
-        if not self.result.exists():
+        if not (self.result / "config.json").exists():
             self._check_disk()
 
     def _check_disk(self) -> None:
@@ -175,11 +183,17 @@ class TransferPlan:
         device = usable_device(s.device)
         width = (getattr(torch, s.dtype) if s.dtype else default_dtype(device)).itemsize
         minutes = ", ".join(f"{name} {show_seconds(value)}" for name, value in seconds.items() if value)
+        memory = f"{show_bytes(self.needs.parameters * width)} for the target in an evaluation"
+        if self.swept:
+            most = self.needs.parameters * max(DENSITIES)
+            memory += f", {show_bytes((self.needs.parameters + most) * width)} with the rows that a sweep moves"
+            memory += f" (and of the machine's {show_bytes(most * 4)} for fitted ones)" if self.fitted else ""
+        if s.finetune:
+            memory += f", {show_bytes(self.needs.parameters * _TRAINED)} to fine-tune"
         lines = [
             f"time: about {show_seconds(sum(seconds.values()))} on {device} ({minutes}), and what loading models and "
             "generating answers takes",
-            f"memory: {show_bytes(self.needs.parameters * width)} for the target in a sweep and an evaluation; a "
-            "profile takes what is free, down to a layer of both models",
+            f"memory: {memory}; a profile takes what is free, down to a layer of both models",
             f"disk: {show_bytes(self.needs.disk)}",
         ]
         return "\n".join([*lines, *self.needs.remarks])
@@ -196,9 +210,18 @@ class TransferPlan:
         _write_yaml(self.out / "merge.yml", config)
 
 
+def _seen_from_here(path: Path) -> Path:
+    """Relative to the working directory, if it lies in there."""
+    whole, here = Path(os.path.abspath(path)), Path.cwd()
+    return whole.relative_to(here) if whole.is_relative_to(here) else whole
+
+
 def _unmistakable(model: str) -> str:
-    """A folder's name that mergekit cannot take for one of the Hub."""
-    return f"./{model}" if Path(model).is_dir() and not model.startswith((".", "/")) else model
+    """A folder's name, always the same one, that mergekit cannot take for one of the Hub."""
+    if not Path(model).is_dir():
+        return model
+    seen = _seen_from_here(Path(model))
+    return str(seen) if seen.is_absolute() else f"./{seen}"
 
 
 def _places_of(model: str) -> list[str]:

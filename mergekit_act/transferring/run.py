@@ -17,7 +17,7 @@ from mergekit_act.devices import usable_device
 from mergekit_act.files import check_writable
 from mergekit_act.logs import muted
 from mergekit_act.runs.folders import claimed
-from mergekit_act.transferring.commands import list_steps, upload
+from mergekit_act.transferring.commands import list_steps, upload, what_is_left_out
 from mergekit_act.transferring.judgement import judge, list_results
 from mergekit_act.transferring.plan import TransferPlan, TransferSettings
 from mergekit_act.transferring.repository import make_repository
@@ -59,7 +59,7 @@ def describe_transfer(path: Path, out: Path, settings: TransferSettings) -> str:
     planned.check()
     last = upload(planned)
     commands = "\n".join(f"$ {step}" for step in (*list_steps(planned), *([last] if last else [])))
-    return f"{commands}\n\n{planned.describe_needs()}"
+    return "\n\n".join(filter(None, (commands, what_is_left_out(), planned.describe_needs())))
 
 
 def run_transfer(path: Path, out: Path, settings: TransferSettings, *, run: Run, echo: Echo) -> Transfer:
@@ -82,6 +82,7 @@ def run_transfer(path: Path, out: Path, settings: TransferSettings, *, run: Run,
     """
     planned = TransferPlan(path, load_abilities(path), out, settings)
     planned.check()
+    out = planned.out
     check_writable(out)
     with claimed(out / "transfer.json"):
         _claim(planned)
@@ -95,7 +96,7 @@ def run_transfer(path: Path, out: Path, settings: TransferSettings, *, run: Run,
                 break  # no point of the sweep is good enough
             steps.take(step)
         result, last = _result(planned), upload(planned)
-        echo("\n" + "\n\n".join(part for part in (result.results, result.judgement) if part))
+        echo("\n" + "\n\n".join(filter(None, (what_is_left_out(), result.results, result.judgement))))
         if last is not None and result.is_worth_it:
             echo(f"\n$ {last}")
             run(last.command)  # every time: what the Hub has is not sent again
