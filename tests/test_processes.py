@@ -38,7 +38,8 @@ def test_processes_share_the_samples_and_one_may_have_none(two_abilities, tmp_pa
     done = torchrun(3, "-m", "mergekit_act", "profile", two_abilities, tmp_path / "many", *settings)
     assert done.returncode == 0, done.stderr
     names = ["one.safetensors", "two.safetensors"]
-    assert done.stdout.splitlines() == [f"{tmp_path}/many/{name}" for name in names]
+    told = [word for word in done.stdout.split() if word.startswith(str(tmp_path))]  # older PyTorch tells of ranks, too
+    assert told == [f"{tmp_path}/many/{name}" for name in names]
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["README.md", *names]
     write_profiles(load_abilities(two_abilities), tmp_path / "alone", ProfilingSettings(dtype="float32", quiet=True))
     for name in names:

@@ -275,7 +275,7 @@ def test_a_full_disk_says_so_and_the_same_command_goes_on(swept, tmp_path):
     config, abilities = swept("qwen2")
     command = ["sweep", str(config), str(abilities), str(tmp_path / "out"), "--device", "cpu", "--no-generate"]
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))"
-    code = f"{limit}\nfrom mergekit_act.cli import main\nmain()"
+    code = f"import mergekit_act.sweeping\n{limit}\nfrom mergekit_act.cli import main\nmain()"  # PyTorch writes, too
     done = subprocess.run([sys.executable, "-c", code, *command], text=True, capture_output=True, check=False)
     assert done.returncode == 1
     assert "could not be written" in done.stderr

@@ -209,6 +209,8 @@ def _rows_of(inputs: Inputs, role: str, source: str, expert: int | None) -> Tens
     name = f"{role}.{source}"
     if name not in inputs.tensors:
         return torch.zeros(0, inputs.tensors[f"recover.{source}"].shape[1], dtype=torch.float64)
-    taken = slice(None) if expert is None else (inputs.tensors[name + EXPERT] == expert).nonzero().flatten()
-    rows: Tensor = inputs.tensors[name][taken].double() * inputs.tensors[f"{name}.scale"][taken, None]
-    return rows / math.sqrt(inputs.roles[role]["rows"])
+    rows, scales = inputs.tensors[name], inputs.tensors[f"{name}.scale"]
+    if expert is not None:
+        taken = (inputs.tensors[name + EXPERT] == expert).nonzero().flatten()
+        rows, scales = rows.index_select(0, taken), scales[taken]  # PyTorch 2.9 takes rows of float8 in no other way
+    return rows.double() * scales[:, None] / math.sqrt(inputs.roles[role]["rows"])
