@@ -222,6 +222,9 @@ def test_fine_tuned(abilities, tmp_path):
     assert "## Before the fine-tuning: Transferred abilities" in card
     assert "| this model |" in card
     assert "model-index" in card
+    assert "tags:\n- mergekit\n- merge\n- mergekit-act\n- sft\n" in card
+    reproduce = (tmp_path / "out/tuned/reproduce.json").read_bytes()
+    assert reproduce == (tmp_path / "out/merged/reproduce.json").read_bytes()
     assert not any(steps(transfer(*fixed, "--finetune", "--device", "cpu").output).values())
 
 
