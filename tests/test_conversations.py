@@ -522,7 +522,10 @@ def test_a_template_from_a_file(collect, tmp_path):
     assert data["chat_template"] == str(tmp_path / "own.jinja")
     assert data["chat_template_sha256"] == hashlib.sha256(CHATML.encode()).hexdigest()
     message = refusal(collect, [chat(ASK, ANSWER)], None)
-    assert 'has no chat template; say "template: plain" or give it one (chat_template: FILE)' in message
+    assert (
+        'has no chat template; say "template: plain" (transfer has --template plain) or give it one (chat_template: FILE)'
+        in message
+    )
     assert "no.jinja does not exist (relative to" in refusal(
         collect, [chat(ASK, ANSWER)], None, chat_template="no.jinja"
     )

@@ -226,6 +226,7 @@ def test_fine_tuned(abilities, tmp_path):
     reproduce = (tmp_path / "out/tuned/reproduce.json").read_bytes()
     assert reproduce == (tmp_path / "out/merged/reproduce.json").read_bytes()
     assert not any(steps(transfer(*fixed, "--finetune", "--device", "cpu").output).values())
+    assert "\nout/tuned is of an earlier run, with --finetune\n" in transfer(*fixed, "--device", "cpu").output
 
 
 def test_judgement_by_hand():
@@ -269,6 +270,15 @@ def test_judgement_by_hand():
     assert judged(*won, far=-0.05)[0].startswith("It recovers 1.50 nats of facts; ")
     assert judged(-0.1, -0.3, 0.1) == ("It recovers nothing that is beyond chance: do not publish.", False)
     assert judged(-0.1, -0.3, 0.1, far=2.0)[0].endswith(" The ability model is worse than the target on facts.")
+    answered = evaluation(*won)
+    for result in answered["results"]:
+        interval = {"t": None, "a": [0.1, 0.3], "m": [0.0, 0.1]}[result["model"]]
+        result["exact_match"] = {"value": 0.5, "difference_interval": interval}
+    assert judge(answered, "a", "m", 0.2)[0].endswith(
+        ". No more whole answers of facts are right than before, beyond chance."
+    )
+    answered["results"][2]["exact_match"]["difference_interval"] = [0.01, 0.1]
+    assert judge(answered, "a", "m", 0.2)[0].endswith("beyond chance.")
     small = evaluation(*won)
     small["results"] = [result | {"samples": 12} for result in small["results"]]
     assert judge(small, "a", "m", 0.2)[0].endswith(" These are few samples: 12 of facts, 12 of sums.")

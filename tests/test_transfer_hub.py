@@ -21,6 +21,7 @@ def test_models_that_cannot_be_reached(abilities, tmp_path):
     done, asked = run_there(tmp_path, *command)
     assert done.returncode == 1
     assert "Error: me/private has no config that can be loaded: " in done.stderr
+    assert f", and there is no such folder in {tmp_path}\n" in done.stderr
     assert any("/me/private/" in path for path in asked)
     done, _ = run_there(tmp_path, *command, HF_HUB_OFFLINE="1")  # as without a network
     assert "Error: me/private has no config that can be loaded: We couldn't connect to" in done.stderr

@@ -172,6 +172,10 @@ def test_without_a_file(pair_of, sums_file, tmp_path, monkeypatch):
     assert "time: about " in result.output
     assert result.output.startswith("wrote out.yml\n")
     own = yaml.safe_load((tmp_path / "out.yml").read_text())["abilities"]["sums"]
+    assert "template" not in yaml.safe_load((tmp_path / "out.yml").read_text())
+    plain = ["--recover", f"{sums_file}:train", "--template", "plain", "--dry-run"]
+    assert CliRunner().invoke(main, ["transfer", "plain", *pair, *plain]).exit_code == 0
+    assert yaml.safe_load((tmp_path / "plain.yml").read_text())["template"] == "plain"
     assert own | {"samples": 10, "evaluate": {"samples": 10}, "dataset": str(sums_file), "role": "recover"} == own
     other = CliRunner().invoke(main, ["transfer", "out", *pair, "--recover", str(sums_file), "--keep", str(sums_file)])
     assert 'two data sets are called "sums"' in other.output

@@ -45,8 +45,8 @@ class ChatTemplate:
     def __init__(self, name: str, tokenizer: Any, *, text: str | None = None, options: Mapping[str, Any]) -> None:
         if not text and not tokenizer.chat_template:
             raise ValueError(
-                f'ability "{name}": the target\'s tokenizer has no chat template; say "template: plain" or give it one '
-                "(chat_template: FILE)"
+                f'ability "{name}": the target\'s tokenizer has no chat template; say "template: plain" (transfer has '
+                "--template plain) or give it one (chat_template: FILE)"
             )
         self.name = name
         self._tokenizer, self._text = tokenizer, text

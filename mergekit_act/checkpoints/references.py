@@ -97,5 +97,6 @@ def read_config(reference: str | ModelReference, *, trust_remote_code: bool = Fa
     try:
         return parsed.config(trust_remote_code=trust_remote_code)
     except OSError as error:  # not on the Hub, or the Hub is out of reach
-        reason = f"{reference} has no config that can be loaded: {one_line(error)}"
+        nowhere = "" if path.exists() else f", and there is no such folder in {os.getcwd()}"
+        reason = f"{reference} has no config that can be loaded: {one_line(error).rstrip('.')}{nowhere}"
         raise FileNotFoundError(adapter_problem(parsed.model.path, parsed.model.revision) or reason) from error

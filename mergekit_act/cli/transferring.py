@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 @command()
 @click.argument("paths", metavar="[ABILITIES.yml] OUT", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--target", help="The model to improve. This and the next five are in place of ABILITIES.yml.")
+@click.option("--target", help="The model to improve. This and the next six are in place of ABILITIES.yml.")
 @click.option("--ability-model", help="A model of the same backbone that has the ability.")
 @click.option("--recover", metavar="DATA[:SPLIT]", multiple=True, help="Data set of what is to come back. Repeatable.")
 @click.option("--keep", metavar="DATA[:SPLIT]", multiple=True, help="Data set of what is to stay. Repeatable.")
 @click.option("--prompt", metavar="COLUMN", help="Or a format string of columns.")
 @click.option("--answer", metavar="COLUMN", help="Likewise.")
+@click.option("--template", type=click.Choice(["chat", "plain"]), help="Plain for models without a chat template.")
 @click.option(
     "--criterion",
     type=click.Choice([name for name in CRITERIA if name not in WITHOUT_DATA]),
@@ -84,7 +85,7 @@ def transfer(
 def _abilities_file(files: Sequence[Path], out: Path, pair: Mapping[str, Any]) -> Path:
     """The one that is named; without one OUT.yml, which says what the options do."""
     needed = ("target", "ability_model", "recover", "prompt", "answer")
-    given = [name for name in (*needed, "keep") if pair[name]]
+    given = [name for name in (*needed, "keep", "template") if pair[name]]
     if len(files) == 1 and not given:
         return files[0]
     if files or not all(pair[name] for name in needed):

@@ -22,7 +22,13 @@ _PROFILED, _HELD_OUT = 1500, 500  # at most; of fewer rows half
 
 
 def describe_abilities(
-    target: str, ability_model: str, recover: Sequence[str], keep: Sequence[str], prompt: str, answer: str
+    target: str,
+    ability_model: str,
+    recover: Sequence[str],
+    keep: Sequence[str],
+    prompt: str,
+    answer: str,
+    template: str | None = None,
 ) -> dict[str, Any]:
     """What ``abilities.yml`` would say.
 
@@ -33,6 +39,7 @@ def describe_abilities(
         keep: likewise.
         prompt: the column with the prompt, or a format string of columns.
         answer: likewise.
+        template: of prompts, ``chat`` or ``plain``; None leaves it out.
 
     Raises:
         FileNotFoundError: a data set does not exist.
@@ -51,7 +58,8 @@ def describe_abilities(
                 raise ValueError(f"{data} has {rows} rows; expected 5 or more")
             samples = min(_PROFILED, rows // 2)
             abilities[name] = own | {"samples": samples, "evaluate": {"samples": min(_HELD_OUT, rows - samples)}}
-    return {"target": target, "ability_model": ability_model, "abilities": abilities}
+    whole = {"template": template} if template else {}
+    return {"target": target, "ability_model": ability_model, **whole, "abilities": abilities}
 
 
 def write_described(content: Mapping[str, Any]) -> str:

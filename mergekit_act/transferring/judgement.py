@@ -78,9 +78,17 @@ def judge(evaluation: Mapping[str, Any], ability_model: str, result: str, keep_w
             how = f"is {'worse' if change > 0 else 'better'} by {abs(change):.2f} nats"
             how += ", which is more than allowed" if is_too_much else ""
             parts.append(f"{name} {how if is_sure else 'has not changed beyond chance'}")
+    silent = [name for name in better if _gains(recovered[name][ability_model]) and not _gains(recovered[name][result])]
+    told = f" No more whole answers of {enumerate_some(silent)} are right than before, beyond chance."
+    answers = told if silent else ""
     few = [f"{own[result]['samples']} of {name}" for name, own in by_ability.items() if own[result]["samples"] < _FEW]
     caution = f" These are few samples: {enumerate_some(few)}." if few else ""
-    return "; ".join(parts) + (": do not publish." if too_bad else ".") + caution, not too_bad
+    return "; ".join(parts) + (": do not publish." if too_bad else ".") + answers + caution, not too_bad
+
+
+def _gains(one: Mapping[str, Any]) -> bool:
+    """Whether more answers are right than the target's; True where answers were not generated."""
+    return one["exact_match"] is None or one["exact_match"]["difference_interval"][0] > 0
 
 
 def _by_ability(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

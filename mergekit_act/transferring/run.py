@@ -95,6 +95,8 @@ def run_transfer(path: Path, out: Path, settings: TransferSettings, *, run: Run,
             if step.name == "merge" and not planned.config.exists():
                 break  # no point of the sweep is good enough
             steps.take(step)
+        if planned.tuned.exists() and not settings.finetune:
+            echo(f"\n{escape(planned.tuned)} is of an earlier run, with --finetune")
         result, last = _result(planned), upload(planned)
         echo("\n" + "\n\n".join(filter(None, (what_is_left_out(), result.results, result.judgement))))
         if last is not None and result.is_worth_it:
