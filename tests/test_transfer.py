@@ -21,7 +21,7 @@ from mergekit_act.cli import main
 from mergekit_act.transferring.judgement import judge, list_results
 from mergekit_act.transferring.steps import Step, Steps
 
-ON = {"device": "cpu", "of": {"target": "t", "ability_model": "a", "file": "f", "abilities": {}}}
+OF = {"target": "t", "ability_model": "a", "file": "f", "abilities": {}}
 
 
 def test_whole_path(abilities, tmp_path):
@@ -131,57 +131,50 @@ def test_interrupted_and_given_again(abilities, tmp_path):
     assert "It recovers " in done.stdout
 
 
+class Recorder:
+    """Runs commands by writing down what they are given beside their names; may be killed there."""
+
+    def __init__(self, path):
+        self.path, self.given = path, []
+
+    def take(self, step, *, killed=False, device="cpu"):
+        def run(words):
+            self.given.append(words[2:])
+            if killed:
+                raise RuntimeError
+
+        with contextlib.suppress(RuntimeError):
+            Steps(self.path, run, lambda line: None, device=device, of=OF).take(step)
+
+
 def test_what_a_killed_run_meant_to_overwrite_is_overwritten(tmp_path):
     (tmp_path / "data").mkdir()
-    out = tmp_path / "found.txt"
-
-    def take(run):
-        step = Step("mask", ("mergekit-act", "mask"), (tmp_path / "data",), (out,), again="resumes")
-        Steps(tmp_path / "transfer.json", run, lambda line: None, **ON).take(step)
-
-    def killed(words):
-        given.append(words)
-        raise RuntimeError
-
-    given = []
-    out.write_text("first")
-    take(given.append)
+    (tmp_path / "found.txt").write_text("first")
+    reads, writes = (tmp_path / "data",), (tmp_path / "found.txt",)
+    step = Step("mask", ("mergekit-act", "mask"), reads, writes, again="resumes")
+    recorder = Recorder(tmp_path / "transfer.json")
+    recorder.take(step)
     (tmp_path / "data" / "train.jsonl").write_text("{}\n")  # in a folder of data
-    for run in (killed, given.append, given.append):
-        with contextlib.suppress(RuntimeError):
-            take(run)
-    assert given == [["mergekit-act", "mask"], *[["mergekit-act", "mask", "--overwrite"]] * 2]  # and then it is done
+    for killed in (True, False, False):
+        recorder.take(step, killed=killed)
+    assert recorder.given == [[], ["--overwrite"], ["--overwrite"]]  # and then it is done
 
 
 def test_unfinished_work_of_another_device_is_overwritten(tmp_path):
-    given = []
-
-    def killed(words):
-        given.append(words[2:])
-        raise RuntimeError
-
+    recorder = Recorder(tmp_path / "transfer.json")
     for device in ("cpu", "cpu", "cuda"):
-        step = Step("sweep", ("mergekit-act", "sweep"), (), (), again="resumes")
-        with contextlib.suppress(RuntimeError):
-            Steps(tmp_path / "transfer.json", killed, lambda line: None, **(ON | {"device": device})).take(step)
-    assert given == [[], [], ["--overwrite"]]
+        recorder.take(Step("sweep", ("mergekit-act", "sweep"), (), (), again="resumes"), killed=True, device=device)
+    assert recorder.given == [[], [], ["--overwrite"]]
 
 
 def test_what_a_killed_run_left_is_overwritten(tmp_path):
     """A step that begins anew may have written some of its files; one that goes on by itself finds them."""
-    given = []
-
-    def killed(words):
-        given.append(words[2:])
-        raise RuntimeError
-
+    recorder = Recorder(tmp_path / "transfer.json")
     for again in ("anew", "ends", "resumes"):
-        step = Step(again, ("mergekit-act", "report"), (), (tmp_path / "last.html",), again=again)
-        steps = Steps(tmp_path / "transfer.json", killed, lambda line: None, **ON)
         for _ in range(2):
-            with contextlib.suppress(RuntimeError):
-                steps.take(step)
-    assert given == [[], ["--overwrite"], [], [], [], []]
+            step = Step(again, ("mergekit-act", "report"), (), (tmp_path / "last.html",), again=again)
+            recorder.take(step, killed=True)
+    assert recorder.given == [[], ["--overwrite"], [], [], [], []]
 
 
 def test_what_is_removed_is_made_again(abilities, tmp_path):

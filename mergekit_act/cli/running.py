@@ -5,9 +5,17 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-__all__ = ["run_words"]
+import click
+
+__all__ = ["run_words", "runner"]
+
+
+def runner(*, quiet: bool) -> Callable[[Sequence[str]], None]:
+    """``run_words`` with ``-v`` and ``--quiet`` of the command that is running."""
+    return partial(run_words, quiet=quiet, verbose=click.get_current_context().params["verbose"])
 
 
 def run_words(words: Sequence[str], *, quiet: bool = False, verbose: int = 0) -> None:

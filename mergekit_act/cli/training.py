@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import click
 
 from mergekit_act.cli import options
 from mergekit_act.cli.framework import command, common, echo, packed
-from mergekit_act.cli.running import run_words
+from mergekit_act.cli.running import runner
 
 if TYPE_CHECKING:
     from mergekit_act.finetuning import FineTuned, Recipe, TrainingSettings
@@ -127,5 +126,4 @@ def demo(out_dir: Path, quiet: bool) -> None:
     """
     from mergekit_act.demo import run_demo
 
-    run = partial(run_words, quiet=quiet, verbose=click.get_current_context().params["verbose"])
-    run_demo(out_dir, run=run, echo=echo, quiet=quiet)
+    run_demo(out_dir, run=runner(quiet=quiet), echo=echo, quiet=quiet)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import click
 
 from mergekit_act.cli import options
 from mergekit_act.cli.framework import command, common, echo, packed
-from mergekit_act.cli.running import run_words
+from mergekit_act.cli.running import runner
 from mergekit_act.criteria import CRITERIA, WITHOUT_DATA
 
 if TYPE_CHECKING:
@@ -73,8 +72,7 @@ def transfer(
         seen_by = visibility(settings.push_to_hub)
         click.confirm(f"Upload the result to {settings.push_to_hub} ({seen_by}), if it is worth it?", abort=True)
     try:
-        run = partial(run_words, quiet=quiet, verbose=click.get_current_context().params["verbose"])
-        done = run_transfer(path, out, settings, run=run, echo=echo)
+        done = run_transfer(path, out, settings, run=runner(quiet=quiet), echo=echo)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Interrupted; the same command goes on from there.") from None
     if done.model is None:

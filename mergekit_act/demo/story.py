@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from mergekit_act.artifacts import load_mask
 from mergekit_act.demo.tasks import DOMAINS, LANGUAGES, Row, all_rows
 from mergekit_act.demo.training import build_model, build_tokenizer, exact_match, train
+from mergekit_act.transferring.commands import what_is_left_out
 from mergekit_act.wording import table
 
 __all__ = ["run_demo"]
@@ -172,11 +173,11 @@ def _run_commands(run: Run, echo: Echo) -> None:
     models = ["./models/target", "./merged/act", *tuned]
     act("evaluate", *models, "--abilities", "abilities.yml", "--dtype", "float32", "--json", "evaluation.json")
     act("card", "./merged/act", "--evaluation", "evaluation.json", show_output=False)
-    if find_spec("matplotlib") is not None:
+    if (left_out := what_is_left_out()) is None:
         all_profiles = [f"profiles/{name}.safetensors" for name in (*RECOVERED, *RETAINED, "weight")]
         act("report", *all_profiles, "-o", "report", "--density", str(DENSITY))
     else:
-        echo('\nThe report is left out, it needs matplotlib: pip install "mergekit-act[plots]"')
+        echo(f"\n{left_out}")
 
 
 def _run_mergekit(echo: Echo, arguments: Sequence[str]) -> None:

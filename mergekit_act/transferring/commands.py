@@ -28,7 +28,7 @@ def list_steps(plan: TransferPlan) -> Iterator[Step]:
     yield commands.card(plan.evaluation)
     if plan.settings.finetune:
         yield commands.card_of_tuned()
-    if find_spec("matplotlib") is not None:
+    if not what_is_left_out():
         yield commands.report()
 
 
