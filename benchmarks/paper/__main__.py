@@ -53,7 +53,7 @@ def main(name: str, folder: Path, page: Path | None, quick: bool) -> None:
     tables |= {one.name: measure(setting, one, measured / one.name, rules) for one in setting.experiments[1:]}
     merged = None
     if setting.specialists:  # nothing is to be kept: no damage, and every weight is tried
-        some = [replace(rule, shares=rule.shares[1::2] or rule.shares) for rule in rules if not rule.retain]
+        some = [replace(rule, shares=rule.shares[-2:]) for rule in rules if not rule.retain]
         merged = measure(setting, setting.specialists, measured / setting.specialists.name, some)
     found = (find(setting, measured / "findings"), find(setting, measured / "findings", exclude=setting.exclude))
     drawn = measured / "findings" / setting.pairs[0].name / "report" / "distribution.png"

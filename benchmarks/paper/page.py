@@ -84,8 +84,8 @@ task arithmetic has but one), below by weight with the smallest share."""
 _CONTROLS = """Of `{first}`. *Equal channels*: the union of the abilities' masks has that share of the channels. Random
 rows, changes of weights, local and attribution leave the head and the embedding out, the other rows only where they say
 so. The last two rows are the paper's own settings: a density for each ability, and a weight that is not chosen."""
-_MERGED = """Here nothing is to be kept: of two shares (of TIES, DARE and DELLA one density) and all weights the point
-with the least validation nats, mean over the specialists' abilities."""
+_MERGED = """Here nothing is to be kept: of two shares and all weights the point with the least validation nats, mean
+over the specialists' abilities."""
 _BARS = "The paper gives no bars for its findings; those named here are ours."
 
 

@@ -33,7 +33,7 @@ __all__ = ["CONTROLS", "PAPER", "QUICK", "RULES", "SHARES", "Merges", "Point", "
 
 SHARES = (0.01, 0.05, 0.2, 0.5)
 FEW = (0.05, 0.2)
-WEIGHTS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
+WEIGHTS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.15, 0.1)
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ RULES = (
     PAPER,
     Rule("local", "local"),
     Rule("attribution", "attribution"),
+    Rule("attribution, fitted", "attribution", fit=True),
     Rule("attribution over damage", "attribution", retain=True),
     Rule("attribution over damage, fitted", "attribution", retain=True, fit=True),
     Rule("all rows, fitted", fit=True, shares=(1.0,)),
