@@ -19,14 +19,13 @@ import logging
 import platform
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import click
 import torch
 from findings import find
 from page import draw_grid, section, write_section
-from rules import CONTROLS, QUICK, RULES
+from rules import CONTROLS, QUICK, RULES, without_damage
 from tables import grid, measure
 
 from mergekit_act.versions import installed_versions
@@ -52,9 +51,8 @@ def main(name: str, folder: Path, page: Path | None, quick: bool) -> None:
     draw_grid(grid(setting, first, measured / first.name, rules), images / f"{setting.name}-grid.png")
     tables |= {one.name: measure(setting, one, measured / one.name, rules) for one in setting.experiments[1:]}
     merged = None
-    if setting.specialists:  # nothing is to be kept: no damage, and every weight is tried
-        some = [replace(rule, shares=rule.shares[-2:]) for rule in rules if not rule.retain]
-        merged = measure(setting, setting.specialists, measured / setting.specialists.name, some)
+    if setting.specialists:
+        merged = measure(setting, setting.specialists, measured / setting.specialists.name, without_damage(rules))
     found = (find(setting, measured / "findings"), find(setting, measured / "findings", exclude=setting.exclude))
     drawn = measured / "findings" / setting.pairs[0].name / "report" / "distribution.png"
     shutil.copyfile(drawn, images / f"{setting.name}-distribution.png")

@@ -75,9 +75,7 @@ def find(setting: Setting, folder: Path, *, exclude: Sequence[str] = ()) -> Foun
     return Found(
         pairs=[pair.name for pair in setting.pairs],
         abilities=list(load_abilities(setting.pairs[0].files[0]).abilities),
-        held=np.array(
-            [[_held(p, top) for p, top in zip(*both, strict=True)] for both in zip(profiles, tops, strict=True)]
-        ),
+        held=np.array([[_held(profile, top) for profile, top in some] for some in with_tops]),
         head=np.array([[of.get("lm_head", (0.0, 0.0))[0] for of in some] for some in shares]),
         kinds=[[_fullest(groups.kinds, of) for of in some] for some in shares],
         layers=[[_fullest(groups.layers, of) for of in some] for some in shares],

@@ -29,7 +29,7 @@ def with_interval(value: float, interval: Interval) -> str:
     return f"{value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
 
 
-def percentages(shares: np.ndarray) -> str:
+def percentages(shares: np.ndarray, digits: int = 0) -> str:
     """The smallest and the largest."""
-    low, high = (f"{100 * share:.0f}" for share in (shares.min(), shares.max()))
+    low, high = (f"{100 * share:.{digits}f}" for share in (shares.min(), shares.max()))
     return f"{low} %" if low == high else f"{low} to {high} %"

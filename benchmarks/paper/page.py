@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from claims import Claim, claims
 from experiment import Setting
@@ -72,20 +71,22 @@ out), an answer token of the kept abilities becomes no more than {KEPT} nats les
 shares the one that recovers most there. Where none keeps enough, the target stays as it is. The numbers are of the
 other samples (test): *kept*, the share of right answers of the kept abilities; *nats*, the negative log-likelihood of
 an answer token of what is to be recovered (less is better). Means over the runs of a kind, in brackets the smallest
-and the largest; *tuned*: after the same short fine-tuning of the chosen merge on the profiled samples."""
+and the largest; *tuned*: after the same short fine-tuning of the chosen merge on the profiled samples, those of the
+kept abilities too."""
 _EACH = """Each run, with 95 % intervals (bootstrap; of shares Wilson's). *Moved* are the parameters' share and the
-weight, with a star where it lies at the edge of what was tried; *lost*, nats by which an answer token of the kept
-abilities became less likely; *right*, the share of whole answers that came back; *others*, nats of abilities that are
-neither recovered nor kept. Behind the arrow: after fine-tuning."""
+weight, with a star where it lies at the edge of what was tried and there is more to try; *lost*, nats by which an
+answer token of the kept abilities became less likely; *right*, the share of whole answers that came back; *others*,
+nats of abilities that are neither recovered nor kept. Behind the arrow: after fine-tuning, without interval."""
 _SHARES = """Nats of what is to be recovered, on test samples, mean over the runs (smallest and largest); for each share
 the weight is chosen as above, and where none keeps enough it is the target's nats."""
 _FIGURE = """`{first}`, on validation samples. Above by share with weight 0.5 (for TIES and DARE it is the density;
 task arithmetic has but one), below by weight with the smallest share."""
 _CONTROLS = """Of `{first}`. *Equal channels*: the union of the abilities' masks has that share of the channels. Random
-rows, changes of weights, local and attribution leave the head and the embedding out, the other rows only where they say
-so. The last two rows are the paper's own settings: a density for each ability, and a weight that is not chosen."""
-_MERGED = """Here nothing is to be kept: of two shares and all weights the point with the least validation nats, mean
-over the specialists' abilities."""
+rows, changes of weights and attribution leave the head and the embedding out, the other rows only where they say so.
+The last two rows are the paper's own settings for its table 3, before fine-tuning and behind it: a density for each
+ability, and a weight that is not chosen."""
+_MERGED = """Here nothing is to be kept: of three shares, the largest the paper's 90 %, and all weights the point with
+the least validation nats, mean over the specialists' abilities."""
 _BARS = "The paper gives no bars for its findings; those named here are ours."
 
 
@@ -107,7 +108,8 @@ def _moved(row: Row) -> str:
     if row.point is None:
         return ""
     point, shares, weights = row.point, row.point.rule.shares, row.point.rule.weights
-    share_at_edge = len(shares) > 1 and point.share in (shares[0], shares[-1])
+    more = point.share == shares[-1] and row.parameters > 0.95 * point.share  # or no other row takes part
+    share_at_edge = len(shares) > 1 and (more or point.share == shares[0])
     weight_at_edge = len(weights) > 1 and point.weight == weights[-1]
     share = f"{row.parameters:.1%}{'*' if share_at_edge else ''}"
     return f"{share}, {point.weight:g}{'*' if weight_at_edge else ''}"
@@ -177,11 +179,13 @@ class _Show:
         for row in (*own, *(row for row in controls.rules if row.share is not None or row.name in one_share)):
             moved = [f"{row.channels:.1%}", f"{row.parameters:.1%}", f"{row.point.weight:g}"] if row.point else [""] * 3
             kept = [_right(row.scores, "keep")] if self._short else []
-            lines.append([_named(row), *moved, *kept, _nats(row.scores, "recover")])
+            nats = _then(row, lambda s: _nats(s, "recover"), lambda s: s.nats("recover"))
+            lines.append([_named(row), *moved, *kept, nats])
         return markdown(["", "channels", "parameters", "weight", *(["kept"] if self._short else []), "nats"], lines)
 
 
-def _then(row: Row, show: Any, value: Any) -> str:
+def _then(row: Row, show: Callable[[Scores], str], value: Callable[[Scores], float]) -> str:
+    """What is shown of a model, and its value behind the fine-tuning."""
     before = show(row.scores)
     return f"{before} → {value(row.tuned):.2f}" if row.tuned is not None and before else before
 
@@ -223,7 +227,10 @@ def _table4(table: Table) -> str:
 
 def _findings(found: tuple[Found, Found], images: str) -> Iterator[str]:
     every, without = found
-    yield f"### Findings\n\nMasks of the top {TOP:.0%} of all channels, by the paper's score; chance is {TOP:.0%}."
+    yield (
+        f"### Findings\n\nMasks of the top {TOP:.0%} of all channels, by the paper's score; chance is {TOP:.0%}. Of "
+        "each pair overlaps (tables 1 and 5, figure 20), with the weights' (table 2), and where the top is:"
+    )
     more = ["largest changes of weights", "share of all scores", "in the head", "fullest module kind", "fullest layer"]
     for n, pair in enumerate(every.pairs):
         lines = []
@@ -232,10 +239,7 @@ def _findings(found: tuple[Found, Found], images: str) -> Iterator[str]:
             fullest = (_fullest(every.kinds[n][m]), _fullest(every.layers[n][m]))
             lines.append([ability, *(f"{100 * share:.0f} %" for share in shares), *fullest])
         header = [f"`{pair}`", *every.abilities, *more]
-        yield (
-            "Overlaps (tables 1 and 5, figure 20), with the weights' (table 2), and where the top is:\n\n"
-            + markdown(header, lines)
-        )
+        yield markdown(header, lines)
     lines = [
         [f"`{every.pairs[n]}`, `{every.pairs[m]}`"]
         + [
@@ -269,14 +273,16 @@ def draw_grid(grid: Mapping[str, Sequence[tuple[Point, Scores]]], out: Path) -> 
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
     smallest = min(point.share for some in grid.values() for point, _ in some)
-    labels = ("share of the parameters, weight 0.5", f"weight, {smallest:.0%} of the parameters")
+    labels = ("share of the parameters, weight 0.5", f"weight ({smallest:.0%}; task arithmetic all)")
     for name, some in grid.items():
         by_share = [(point.share, scores) for point, scores in some if point.weight == 0.5]
         by_weight = [(point.weight, scores) for point, scores in some if point.share in (smallest, 1.0)]
         for row, own in enumerate((by_share, by_weight if len(by_weight) > 1 else [])):
             for column, role in enumerate(("keep", "recover")):
                 axes[row, column].plot([x for x, _ in own], [s.nats(role) for _, s in own], "o-", label=name)
-                axes[row, column].set(xlabel=labels[row], ylabel=f"nats to {role}")
+                axes[row, column].set(xlabel=labels[row], ylabel=f"nats to {role}", yscale="log")
+                axes[row, column].yaxis.set_major_formatter("{x:g}")
+                axes[row, column].yaxis.set_minor_formatter("{x:g}")
     axes[0, 0].legend(fontsize="small")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110, metadata={"Software": None})

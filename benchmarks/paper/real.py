@@ -40,9 +40,10 @@ ABOUT = f"""SmolLM2-135M-Instruct (float32, from PyPI) is the ability model. Tar
 {UPDATES} updates of {BATCH} rows on one skill: two-digit arithmetic, or German names of languages, countries, regions
 and currencies. To be recovered are *facts*: what the ability model says, in its own words, when it is asked for
 capitals and for the countries of cities, where the name that is right is among them; the sentences around it are not
-always true. An answer has 16 tokens in the mean, the name one or two of them; it is right if all are said again. To be
-kept is the skill; the others are the ability model's sentences about countries. The specialists of table 4 are three
-such copies (arithmetic, German, three-letter codes of languages), merged into SmolLM2."""
+always true. An answer has 16 tokens in the mean, the name one or two of them; it is right if all are said again. To
+be kept is the skill; the others are the ability model's sentences about countries. The specialists of table 4 are
+three such copies (arithmetic, German, three-letter codes of languages), merged into SmolLM2. Of each ability
+{PROFILED} samples are profiled; the fine-tuning is one epoch of those, with the learning rate 2e-5."""
 RECIPE = Recipe(micro_batch=BATCH, gradient_checkpointing=False, dtype="float32")
 
 
@@ -59,7 +60,7 @@ def make_setting(folder: Path, *, quick: bool = False) -> Setting:
         file = _write(folder, f"{name}-from-general", name, "general", roles, rows)
         others = _write(folder, f"{name}-others", name, "general", {"sentences": "recover"}, rows)
         prepare = partial(make_specialist, folder, skill, seed)
-        experiments.append(Experiment(name, skill, (file,), (others,), None if seed else RECIPE, prepare))
+        experiments.append(Experiment(name, skill, (file,), (others,), RECIPE, prepare))
     files, pairs = [], []
     for skill in SKILLS:
         name = f"{skill}-0"

@@ -29,7 +29,19 @@ from mergekit_act.profiling import ProfilingSettings, open_pair, profile_pair, w
 from mergekit_act.selection import Retention, excluded_modules, make_mask, rank_channels
 from mergekit_act.sweeping import PatchedModel
 
-__all__ = ["CONTROLS", "PAPER", "QUICK", "RULES", "SHARES", "Merges", "Point", "Rule", "make_profiles", "points"]
+__all__ = [
+    "CONTROLS",
+    "PAPER",
+    "QUICK",
+    "RULES",
+    "SHARES",
+    "Merges",
+    "Point",
+    "Rule",
+    "make_profiles",
+    "points",
+    "without_damage",
+]
 
 SHARES = (0.01, 0.05, 0.2, 0.5)
 FEW = (0.05, 0.2)
@@ -96,6 +108,19 @@ CONTROLS = (
     Rule("activation, 1 % of each, weight 0.4", "activation", exclude=False, shares=(0.01,), of="each", weights=(0.4,)),
     Rule("activation, 9 % of each, weight 0.7", "activation", exclude=False, shares=(0.09,), of="each", weights=(0.7,)),
 )
+
+
+def without_damage(rules: Sequence[Rule]) -> list[Rule]:
+    """The rules for merges that have nothing to keep: more is moved, up to the paper's 90 % and about its 0.6."""
+    return [
+        replace(
+            rule,
+            shares=(0.2, 0.5, 0.9) if len(rule.shares) > 1 else rule.shares,
+            weights=tuple(sorted({*rule.weights, 0.6}, reverse=True)) if len(rule.weights) > 1 else rule.weights,
+        )
+        for rule in rules
+        if not rule.retain
+    ]
 
 
 @dataclass(frozen=True)
@@ -205,7 +230,7 @@ class Merges:
 
     @contextmanager
     def loaded(self, model: str | Path) -> Iterator[Any]:
-        """A model of the experiment's dtype, on its device."""
+        """A model of the experiment, in the setting's dtype and on its device."""
         yield self._load(model)
 
     @contextmanager
@@ -260,7 +285,8 @@ class Merges:
             own: dict[str, Any] = {"weight": point.weight}
             if point.rule.method != "act":
                 own |= {"density": point.share} if point.rule.method != "task_arithmetic" else {}
-                own |= {"epsilon": 0.1} if point.rule.method == "della_linear" else {}
+                if point.rule.method == "della_linear":  # a density plus or minus it has to lie in (0, 1)
+                    own["epsilon"] = min(0.1, (1 - point.share) / 2)
             else:
                 own["mask"] = str(masks / f"{n}.safetensors")
                 if not Path(own["mask"]).exists():

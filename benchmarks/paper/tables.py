@@ -75,10 +75,10 @@ def measure(setting: Setting, experiment: Experiment, folder: Path, rules: Seque
     def enough(scores: Scores) -> bool:
         return math.isnan(before) or scores.nats("keep") <= before + KEPT
 
-    def tuned(key: str, write: Callable[[Path], None] | str) -> Scores | None:
+    def tuned(key: str, source: Callable[[Path], None] | str) -> Scores | None:
         if experiment.recipe is None:
             return None
-        return scorer.score("test", f"{key} fine-tuned", partial(_tuned, setting, experiment, merges, folder, write))
+        return scorer.score("test", f"{key} fine-tuned", partial(_tuned, setting, experiment, merges, folder, source))
 
     abilities = []
     for file in merges.files:
@@ -88,7 +88,8 @@ def measure(setting: Setting, experiment: Experiment, folder: Path, rules: Seque
     rows = []
     for rule in tqdm(rules, desc=experiment.name):
         tried = list(_tried(rule, scorer, merges, enough, every=math.isnan(before)))
-        for share in (None, *(rule.shares if len(rule.shares) > 1 and rule.method == "act" else ())):
+        shown = rule.shares if len(rule.shares) > 1 and rule.method == "act" and not math.isnan(before) else ()
+        for share in (None, *shown):
             some = [one for one in tried if share in (None, one[0].share) and enough(one[1])]
             if not some:
                 rows.append(replace(stays, name=rule.name, share=share))
@@ -96,7 +97,7 @@ def measure(setting: Setting, experiment: Experiment, folder: Path, rules: Seque
             point = min(some, key=lambda one: one[1].nats("recover"))[0]
             moved = scorer.once(f"moved {rule.name} {point.share:g}", partial(merges.moved, point))
             row = Row(rule.name, scorer.score("test", point.key, partial(merges.merged, point)), point, share, **moved)
-            if share is None and rule.name in {one.name for one in RULES}:
+            if share is None and (rule.of == "each" or rule.name in {one.name for one in RULES}):
                 row = replace(row, tuned=tuned(point.key, partial(merges.write, point)))
             rows.append(row)
     return Table(stays, abilities, rows)
@@ -141,18 +142,18 @@ def _tried(
 
 @contextmanager
 def _tuned(
-    setting: Setting, experiment: Experiment, merges: Merges, folder: Path, write: Callable[[Path], None] | str
+    setting: Setting, experiment: Experiment, merges: Merges, folder: Path, source: Callable[[Path], None] | str
 ) -> Iterator[Any]:
     """The model after fine-tuning on the profiled samples.
 
     Args:
-        write: writes the model into a folder, or the model's folder.
+        source: the model's folder, or what writes the model into a folder.
     """
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         merged, out = Path(temporary) / "merged", Path(temporary) / "tuned"
-        if not isinstance(write, str):
-            write(merged)
-        source = write if isinstance(write, str) else str(merged)
+        if not isinstance(source, str):
+            source(merged)
+            source = str(merged)
         settings = TrainingSettings(
             save_steps=0, device=setting.device if setting.device == "cpu" else None, quiet=True
         )

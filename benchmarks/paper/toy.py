@@ -21,12 +21,13 @@ KEPT = ("latin", "greek")  # the target is trained on mathematics in these
 PROFILED = 32
 RECIPE = Recipe(epochs=10, learning_rate=2e-4, micro_batch=16, gradient_checkpointing=False, dtype="float32")
 STEPS = {"base": 850, "ability": 80, "target": 300, "early": 400, "specialist": 150}
-ABOUT = """Models of 0.8 M parameters in four invented languages and three domains (`mergekit-act demo`). From one base,
-five times, with rows in other orders: an ability model that is good at all, and a target that was trained on
+ABOUT = f"""Models of 0.8 M parameters in four invented languages and three domains (`mergekit-act demo`). From one
+base, five times, with rows in other orders: an ability model that is good at all, and a target that was trained on
 mathematics in two languages until it had forgotten the rest. To be recovered are facts in four languages, to be kept
-mathematics in two; the others are logic in four and mathematics in the other two languages. The base was trained on all
-rows, those of the test too: this is about what a model remembers. The specialists of table 4 are a base that knows
-little of all three domains, trained on one each."""
+mathematics in two; the others are logic in four and mathematics in the other two languages. The base was trained on
+all rows, those of the test too: this is about what a model remembers. The specialists of table 4 are a base that
+knows little of all three domains, trained on one each. Of each ability {PROFILED} samples are profiled; the
+fine-tuning is ten epochs of those, with the learning rate 2e-4."""
 
 
 def make_setting(folder: Path, *, quick: bool) -> Setting:
