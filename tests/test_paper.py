@@ -226,20 +226,21 @@ def test_verdicts_on_transfers(kit):
     from claims import claims
 
     def verdicts(first, second, merged):
-        *_, recovers, tuned, specialists = claims({"x": first, "y": second}, merged, findings(), findings())
-        return recovers, tuned, specialists
+        *_, recovers, tuned, best, specialists = claims({"x": first, "y": second}, merged, findings(), findings())
+        return recovers, tuned, best, specialists
 
     ahead = table(ACT=(1.0, 0.5))
-    recovers, tuned, specialists = verdicts(ahead, ahead, ahead)
-    assert (recovers.holds, tuned.holds, specialists.holds) == (True, True, True)
+    recovers, tuned, best, specialists = verdicts(ahead, ahead, ahead)
+    assert [one.holds for one in (recovers, tuned, best, specialists)] == [True] * 4
     assert "TIES 1.00 (1.00 to 1.00) (2 of 2 beyond its interval)" in recovers.why
     assert "by 0.50 (0.50 to 0.50) nats" in tuned.why
+    assert "DARE 0.50 (0.50 to 0.50), DELLA 0.50 (0.50 to 0.50), 8 of 8 times" in best.why
 
-    recovers, tuned, specialists = verdicts(ahead, table(ACT=(1.0, 1.2), TIES=(0.5, 0.1)), table(TIES=(1.5, 1.0)))
-    assert (recovers.holds, tuned.holds, specialists.holds) == (False, False, False)  # one table is enough
+    recovers, tuned, best, specialists = verdicts(ahead, table(ACT=(1.0, 1.2), TIES=(0.5, 0.1)), table(TIES=(1.5, 1.0)))
+    assert [one.holds for one in (recovers, tuned, best, specialists)] == [False] * 4  # one table is enough
     assert "TIES 0.25 (-0.50 to 1.00) (1 of 2 beyond its interval)" in recovers.why
 
-    assert verdicts(ahead, ahead, table(ACT=(3.0, 1.0)))[2].holds is False  # others are better
+    assert verdicts(ahead, ahead, table(ACT=(3.0, 1.0)))[-1].holds is False  # others are better
     alike = dict.fromkeys(("ACT", "TIES", "DARE", "DELLA", "task arithmetic"), (3.0, 1.0))
-    assert verdicts(ahead, ahead, table(specialist=3.0, **alike))[2].holds is None  # no better than the base
-    assert verdicts(ahead, ahead, table())[2].holds  # as well as the others is enough
+    assert verdicts(ahead, ahead, table(specialist=3.0, **alike))[-1].holds is None  # no better than the base
+    assert verdicts(ahead, ahead, table())[-1].holds  # as well as the others is enough
