@@ -268,6 +268,7 @@ def draw_grid(grid: Mapping[str, Sequence[tuple[Point, Scores]]], out: Path) -> 
     """Figure 5: nats of what is kept and of what is to be recovered, over shares and over weights."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -281,8 +282,8 @@ def draw_grid(grid: Mapping[str, Sequence[tuple[Point, Scores]]], out: Path) -> 
             for column, role in enumerate(("keep", "recover")):
                 axes[row, column].plot([x for x, _ in own], [s.nats(role) for _, s in own], "o-", label=name)
                 axes[row, column].set(xlabel=labels[row], ylabel=f"nats to {role}", yscale="log")
-                axes[row, column].yaxis.set_major_formatter("{x:g}")
-                axes[row, column].yaxis.set_minor_formatter("{x:g}")
+                axes[row, column].yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}")
+                axes[row, column].yaxis.set_minor_formatter(NullFormatter())
     axes[0, 0].legend(fontsize="small")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110, metadata={"Software": None})
