@@ -5,14 +5,14 @@ The paper gives no bars; these are ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from findings import Found
 from formatting import percentages, spread, with_interval
 from rules import PAPER
-from scoring import Interval, difference
+from scoring import Interval, Scores, difference
 from tables import KEPT, Row, Table
 
 __all__ = ["Claim", "claims"]
@@ -120,29 +120,35 @@ def _apart(found: Found) -> np.ndarray:
     return ~np.eye(len(found.abilities), dtype=bool)
 
 
-def _recovers_more(tables: Mapping[str, Table]) -> Claim:
-    parts, wins, of = [], 0, 0
-    for method in STOCK:
-        pairs = [(_row(table, method), _row(table, PAPER.name)) for table in tables.values()]
-        found = [difference(theirs.scores, ours.scores, "recover") for theirs, ours in pairs]
-        ahead = sum(low > 0 for _, (low, _) in found)
-        wins, of = wins + ahead, of + len(found)
-        parts.append(f"{method} {spread([gain for gain, _ in found])} ({ahead} of {len(found)} beyond its interval)")
+def _better(text: str, rows: Iterable[tuple[str, Scores | None, Scores | None]]) -> Claim:
+    """Whether the paper's rule is better than mergekit's methods.
+
+    Args:
+        text: the claim.
+        rows: a method, its scores and those of the paper's rule, for every method and run; None where there are none.
+    """
+    found: dict[str, list[tuple[float, Interval]]] = {}
+    for method, theirs, ours in rows:
+        if theirs and ours:
+            found.setdefault(method, []).append(difference(theirs, ours, "recover"))
+    ahead = {method: sum(low > 0 for _, (low, _) in some) for method, some in found.items()}
+    parts = (
+        f"{method} {spread([gain for gain, _ in some])} ({ahead[method]} of {len(some)} beyond its interval)"
+        for method, some in found.items()
+    )
     why = "in nats it is better (less than 0: worse) than " + ", ".join(parts)
     why += " (bar: beyond its interval for every method and run)"
-    return Claim("ACT recovers more than merging methods that keep as much", wins == of, why)
+    return Claim(text, all(ahead[method] == len(some) for method, some in found.items()), why)
+
+
+def _recovers_more(tables: Mapping[str, Table]) -> Claim:
+    rows = ((m, _row(t, m).scores, _row(t, PAPER.name).scores) for m in STOCK for t in tables.values())
+    return _better("ACT recovers more than merging methods that keep as much", rows)
 
 
 def _fine_tunes_best(tables: Mapping[str, Table]) -> Claim:
-    parts, wins, of = [], 0, 0
-    for method in STOCK:
-        pairs = [(_row(table, method).tuned, _row(table, PAPER.name).tuned) for table in tables.values()]
-        found = [difference(theirs, ours, "recover") for theirs, ours in pairs if theirs and ours]
-        wins, of = wins + sum(low > 0 for _, (low, _) in found), of + len(found)
-        parts.append(f"{method} {spread([gain for gain, _ in found])}")
-    why = "in nats it is better (less than 0: worse) than " + ", ".join(parts)
-    why += f", {wins} of {of} times beyond its interval (bar: always)"
-    return Claim("Fine-tuned it is better than the other methods fine-tuned", wins == of, why)
+    rows = ((m, _row(t, m).tuned, _row(t, PAPER.name).tuned) for m in STOCK for t in tables.values())
+    return _better("Fine-tuned it is better than the other methods fine-tuned", rows)
 
 
 def _fine_tunes_better(tables: Mapping[str, Table]) -> Claim:

@@ -97,6 +97,7 @@ def measure(setting: Setting, experiment: Experiment, folder: Path, rules: Seque
             point = min(some, key=lambda one: one[1].nats("recover"))[0]
             moved = scorer.once(f"moved {rule.name} {point.share:g}", partial(merges.moved, point))
             row = Row(rule.name, scorer.score("test", point.key, partial(merges.merged, point)), point, share, **moved)
+            # of the controls only the paper's own settings are fine-tuned
             if share is None and (rule.of == "each" or rule.name in {one.name for one in RULES}):
                 row = replace(row, tuned=tuned(point.key, partial(merges.write, point)))
             rows.append(row)
